@@ -1,0 +1,30 @@
+"""dpo_fast: the fastest exact trainer for preference pairs (Direct Preference Optimization, arXiv 2305.18290)."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .losses import PreferenceOutput, preference_loss
+from .ops import linear_token_logps
+from .packing import PrefixForest
+
+if TYPE_CHECKING:
+    from .config import DPOConfig
+    from .trainer import DPOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["DPOConfig", "DPOTrainer", "PreferenceOutput", "PrefixForest", "linear_token_logps", "preference_loss"]
+
+# Names that need the extra [train]; importing dpo_fast needs torch and numpy alone.
+_TRAIN = {"DPOConfig": "config", "DPOTrainer": "trainer"}
+
+
+def __getattr__(name: str):
+    if name not in _TRAIN:
+        raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_TRAIN[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("dpo_fast", "torch", "numpy"):
+            raise
+        raise ImportError(f"dpo_fast.{name} needs {error.name}: pip install 'dpo_fast[train]'") from error
+    return getattr(module, name)

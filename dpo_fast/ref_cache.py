@@ -1,0 +1,238 @@
+"""Reference log-probs on disk, found again by content: a run, a resumed run and the next run compute them once.
+
+A value is addressed by what it depends on: the token ids of the pair, the weights and config of the reference, the
+precision, the version of the code, and whatever else the caller names. Nothing is addressed by position, so values can
+be neither stale nor misordered (open-instruct#1182, trl#2423). A model fed more than token ids (images) needs those
+in `extra`; they are not part of an example's address.
+
+One file a combination, `ref-<hash>.bin`, of 36-byte little-endian records, only ever appended to; `ref-<hash>.json`
+beside it says in words what the file is for and is never read back:
+
+    blake2b of the token ids, 16 bytes | log p(chosen), log p(rejected) in nats, 2 x float64 | crc32 of these, uint32
+
+A writer that is killed leaves an incomplete or wrong last record; both read as missing. `flock` orders concurrent
+writers, so the folder must be on a file system that has it (local disks, NFSv4, Lustre mounted with `flock`).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_BODY = struct.Struct("<16s2d")
+_RECORD_SIZE = _BODY.size + 4
+_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# Config entries that differ between runs of one model and leave its log-probs alone, at any depth. Each tensor's own
+# dtype is hashed, and the caller's `precision` names the dtype of the computation.
+_VOLATILE = {
+    *("transformers_version", "_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "use_cache"),
+    *("_attn_implementation", "_experts_implementation", "output_attentions", "output_hidden_states", "return_dict"),
+}
+
+
+def weights_fingerprint(model: torch.nn.Module, *, skip: Callable[[str], bool] | None = None) -> str:
+    """32 hex digits that change whenever a parameter, a persistent buffer or the config of `model` does.
+
+    Hashes name, dtype, shape and bytes of every entry of `model.state_dict()` in the order of the names (a tied weight
+    once), then `model.config.to_dict()` without entries such as `use_cache`. Tensors are hashed by up to 8 threads,
+    each of which holds at most one of them on the CPU.
+
+    `skip(name)` leaves an entry out. For a PEFT model that serves as its own reference with the adapter disabled:
+    `skip=lambda name: "lora_" in name`. PEFT renames weights, so the bare model has another fingerprint.
+
+    Raises ValueError for a state entry that is not a tensor, and what torch raises for a tensor without data (meta).
+    """
+    first_name: dict[int, str] = {}  # id of a tensor -> the first of its names
+    entries: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if skip is not None and skip(name):
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"cannot fingerprint {name}: {type(tensor).__name__} is no tensor; leave it out by `skip`")
+        first_name.setdefault(id(tensor), name)
+        entries.append((name, tensor))
+
+    unique = {name: tensor for name, tensor in entries if first_name[id(tensor)] == name}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(unique, pool.map(_bytes_digest, unique.values()), strict=True))
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in entries:
+        first = first_name[id(tensor)]
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), first, digests[first]]).encode() + b"\n")
+    config = getattr(model, "config", None)
+    if config is not None:
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        total.update(json.dumps(_without_volatile(config), sort_keys=True, default=str).encode())
+    return total.hexdigest()
+
+
+def _bytes_digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def _without_volatile(value):
+    if isinstance(value, dict):
+        return {str(k): _without_volatile(v) for k, v in value.items() if k not in _VOLATILE}
+    return [_without_volatile(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _example_key(example: Mapping) -> bytes:
+    """16 bytes that name the three id sequences; each is preceded by its length, so no two triples look alike."""
+    digest = hashlib.blake2b(digest_size=16)
+    for field in _FIELDS:
+        ids = np.asarray(example[field])
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(f"{field} must be a flat sequence of ints, not {ids.dtype} of shape {ids.shape}")
+        digest.update(struct.pack("<q", ids.size) + ids.astype("<i8").tobytes())
+    return digest.digest()
+
+
+class RefCache:
+    """Reference log-probs of one (weights, precision, version, extra) combination.
+
+    folder     directory of all caches, made if absent; a read-only one can be read
+    weights    `weights_fingerprint(reference)`
+    precision  dtype and mode of the computation, such as "bf16"
+    version    of the code that computes the values
+    extra      JSON-able settings that change the values too; None and {} are the same
+
+    An example is a mapping with `prompt_ids`, `chosen_ids`, `rejected_ids`: sequences of int; other keys are not read.
+    A value is (log p(chosen), log p(rejected)) as float64, in nats. The first value stored for an example stays.
+    """
+
+    def __init__(self, folder, *, weights: str, precision: str, version: str, extra: dict | None = None):
+        self.header = {"weights": weights, "precision": precision, "version": version, "extra": extra or {}}
+        name = hashlib.blake2b(json.dumps(self.header, sort_keys=True).encode(), digest_size=12).hexdigest()
+        self.path = Path(folder) / f"ref-{name}.bin"
+        self._values: dict[bytes, tuple[float, float]] = {}
+        self._end = 0  # bytes of the file that _values covers, whole records
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                self._read_new(file)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, example: Mapping) -> tuple[float, float] | None:
+        """The value of one example, or None."""
+        return self._values.get(_example_key(example))
+
+    def lookup(self, examples: Sequence[Mapping]) -> tuple[np.ndarray, list[int]]:
+        """Values as float64 [n, 2], and the indices that are missing; their rows hold NaN and must be computed."""
+        found = [self.get(example) for example in examples]
+        values = np.array([(np.nan, np.nan) if value is None else value for value in found], dtype=np.float64)
+        return values.reshape(-1, 2), [i for i, value in enumerate(found) if value is None]
+
+    def put_many(self, examples: Sequence[Mapping], values) -> None:
+        """Appends `values` (tensor, array or nested list, [n, 2]) and returns once they are on disk (fsync).
+
+        Examples stored before, by this process or another, are passed over. Raises ValueError, and stores nothing, if
+        the shape is wrong or a value is not finite.
+        """
+        values = _as_values(values, len(examples))
+        for i in np.flatnonzero(~np.isfinite(values).all(axis=1)):
+            raise ValueError(f"value {i} is not finite: {values[i].tolist()}; it is not stored")
+        keys = [_example_key(example) for example in examples]
+        with open(self.path, "a+b") as file:  # closing it releases the lock
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._read_new(file)
+            file.truncate(self._end)
+            new: dict[bytes, tuple[float, float]] = {}
+            for key, pair in zip(keys, values.tolist(), strict=True):
+                if key not in self._values:
+                    new.setdefault(key, tuple(pair))
+            for key, pair in new.items():
+                body = _BODY.pack(key, *pair)
+                file.write(body + zlib.crc32(body).to_bytes(4, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+            self._values.update(new)
+            self._end += len(new) * _RECORD_SIZE
+            self._write_sidecar()
+
+    def _read_new(self, file) -> None:
+        """Takes over the whole records behind `_end`. Caller holds the lock."""
+        size = file.seek(0, os.SEEK_END)
+        end = size - size % _RECORD_SIZE
+        # A file shorter than before was deleted or replaced: read it from the start.
+        start = self._end if self._end <= end else 0
+        file.seek(start)
+        data = file.read(end - start)
+        for at in range(0, len(data), _RECORD_SIZE):
+            body, crc = data[at : at + _BODY.size], data[at + _BODY.size : at + _RECORD_SIZE]
+            if zlib.crc32(body) == int.from_bytes(crc, "little"):
+                key, chosen, rejected = _BODY.unpack(body)
+                self._values.setdefault(key, (chosen, rejected))
+        self._end = end
+
+    def _write_sidecar(self) -> None:
+        sidecar = self.path.with_suffix(".json")
+        if not sidecar.exists():
+            about = f"{self.path.name}: reference log-probs of a DPO run (dpo_fast.ref_cache); safe to delete"
+            temporary = sidecar.with_suffix(".json.tmp")
+            temporary.write_text(json.dumps({"about": about, **self.header}, indent=2) + "\n")
+            temporary.replace(sidecar)
+
+
+def _as_values(values, n: int) -> np.ndarray:
+    values = (
+        values.detach().cpu().double().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float64)
+    )
+    if values.shape != (n, 2):
+        raise ValueError(f"values must have shape ({n}, 2): chosen and rejected of each example; got {values.shape}")
+    return values
+
+
+def compute_missing(
+    cache: RefCache,
+    examples: Sequence[Mapping],
+    batch_size: int,
+    compute: Callable[[list[Mapping]], torch.Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The values of all examples, float64 [len(examples), 2], finite; computes and stores those the cache lacks.
+
+    `compute(list of at most batch_size examples)` returns [n, 2] log-probs (chosen, rejected). The longest examples
+    come first, so that running out of memory shows at once; an example that occurs twice is computed once. Each batch
+    is stored before the next one starts: an interrupted pass resumes there. `progress(done, total)` is called after
+    each batch with the number of examples computed and to compute in this call.
+
+    Raises ValueError naming the example if a computed value is not finite (its batch is not stored).
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    values, missing = cache.lookup(examples)
+    first_index: dict[bytes, int] = {}
+    for i in missing:
+        first_index.setdefault(_example_key(examples[i]), i)
+    lengths = {i: [len(examples[i][field]) for field in _FIELDS] for i in first_index.values()}
+    order = sorted(lengths, key=lambda i: (-sum(lengths[i]), i))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = [examples[i] for i in indices]
+        computed = _as_values(compute(batch), len(batch))
+        for i, pair in zip(indices, computed, strict=True):
+            if not np.isfinite(pair).all():
+                sizes = ", ".join(f"{field} {length}" for field, length in zip(_FIELDS, lengths[i], strict=True))
+                raise ValueError(
+                    f"the reference gives example {i} log-probs {pair.tolist()} (tokens: {sizes}); "
+                    "look for an empty completion, ids outside the vocabulary, or an overflow of fp16"
+                )
+        cache.put_many(batch, computed)
+        if progress is not None:
+            progress(start + len(batch), len(order))
+    for i in missing:
+        values[i] = cache.get(examples[i])
+    return values

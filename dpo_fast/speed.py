@@ -1,0 +1,60 @@
+"""How fast a run is: tokens and pairs a second, the share of tokens that were not computed, and use of the GPU."""
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import torch
+
+from .metrics import peak_flops
+
+
+class Speed:
+    """Counts between two logs; time spent in evaluation and saving does not count."""
+
+    def __init__(self):
+        self._counts: torch.Tensor | list[float] = [0.0] * 4  # pairs, chosen tokens, tokens, rows; of all ranks
+        self._tokens: torch.Tensor | float = 0.0  # not yet taken by `take_tokens`
+        self._pause = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock again."""
+        self._since, self._pause = time.perf_counter(), 0.0
+
+    def add(self, counts) -> None:
+        """Pairs, chosen tokens, tokens (unshared, unpadded) and computed rows of one optimizer step, over all ranks."""
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self._tokens = self._tokens + counts[2]
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave the time spent inside out."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._pause += time.perf_counter() - start
+
+    def take_tokens(self) -> int:
+        """Tokens added since the last call."""
+        tokens, self._tokens = int(self._tokens), 0.0
+        return tokens
+
+    def report(self, flops: Callable[[float, float], float], accelerator) -> dict[str, float]:
+        """`perf/...` since the last report; `flops(rows, live rows)` gives the operations of a forward and backward."""
+        seconds = max(time.perf_counter() - self._since - self._pause, 1e-9)
+        pairs, _, tokens, rows = (float(c) for c in self._counts)
+        self._counts = [0.0] * 4
+        self.restart()
+        if not tokens:
+            return {}
+        result = {
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/pairs_per_second": pairs / seconds,
+            "perf/tokens_saved": 1 - rows / tokens,
+        }
+        peak = peak_flops(accelerator.device)
+        if peak is not None:
+            result["perf/mfu"] = flops(rows, 0) / seconds / peak / accelerator.num_processes
+        return result
