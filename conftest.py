@@ -1,7 +1,9 @@
-"""Options and fixtures of all tests: the repository root is importable, GPU tests skip where there is no GPU."""
+"""For every test: GPU tests skip where there is no GPU, and tiny models run on one thread, where they are fastest."""
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

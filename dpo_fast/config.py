@@ -12,9 +12,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .losses import LOSSES, reference_free, validate_loss_options
+from .ops import BACKENDS
 from .packing import SHARE_MODES
-
-BACKENDS = ("torch",)
 
 # name -> (values that are fine, why no other is)
 REFUSED: dict[str, tuple[tuple, str]] = {
@@ -24,12 +23,30 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "activation_offloading": ((False,), "use gradient_checkpointing or max_tokens_per_batch to save memory"),
     "pad_token": ((None,), "nothing is padded"),
     "use_liger_kernel": ((False,), "it replaces the model's forward, and so does dpo_fast"),
-    "torch_compile": ((False,), "the rows of a forest change shape every step"),
+    "liger_kernel_config": ((None,), "use_liger_kernel is not supported"),
+    "torch_compile": (
+        (False,),
+        "the rows of a forest change shape every step (torch_compile_backend and _mode imply it)",
+    ),
     "neftune_noise_alpha": ((None,), "noise on shared prompts would not be independent"),
     "label_smoothing_factor": ((0.0, 0), "that is cross-entropy's smoothing; DPO's is label_smoothing"),
     "train_sampling_strategy": (("random", "sequential"), "nothing is padded, so grouping by length saves nothing"),
     "auto_find_batch_size": ((False,), "set max_tokens_per_batch: it bounds memory and keeps the gradient"),
     "use_cache": ((False,), "training needs no key-value cache"),
+    "average_tokens_across_devices": ((True,), "a step's loss is the mean over the pairs of all ranks"),
+    "bf16_full_eval": ((False,), "evaluation runs in the precision of the reference's log-probs"),
+    "fp16_full_eval": ((False,), "evaluation runs in the precision of the reference's log-probs"),
+    "torch_empty_cache_steps": ((None,), "against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
+    "include_num_input_tokens_seen": (("no",), "tokens are always counted: num_tokens in the log"),
+    "include_for_metrics": (([],), "there is no compute_metrics"),
+    "batch_eval_metrics": ((False,), "there is no compute_metrics"),
+    "eval_do_concat_batches": ((True,), "evaluation keeps one row of numbers a pair, no batches"),
+    "eval_use_gather_object": ((False,), "evaluation gathers one row of numbers a pair, no objects"),
+    "eval_accumulation_steps": ((None,), "evaluation keeps one row of numbers a pair, no logits"),
+    "do_predict": ((False,), "there is no prediction: name the data as eval data"),
+    "label_names": ((None,), "the columns are those of the data's layout"),
+    "length_column_name": (("length",), "nothing is padded, so nothing is grouped by length"),
+    "parallelism_config": ((None,), "only data parallelism, FSDP and DeepSpeed are supported"),
 }
 
 
@@ -40,6 +57,8 @@ class DPOConfig(TrainingArguments):
     Raises ValueError at construction for a value out of range, an option without effect in this combination, or a TRL
     option that dpo_fast cannot honour.
     """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (not a field)
 
     output_dir: str | None = field(
         default="runs/dpo", metadata={"help": "Where checkpoints and the model are written."}

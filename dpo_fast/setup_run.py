@@ -109,7 +109,14 @@ def load_model(model, args: DPOConfig) -> torch.nn.Module:
             raise ValueError("model_init_kwargs has no effect: the model is already loaded")
         return model
     options = {"dtype": "float32", "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
-    return AutoModelForCausalLM.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
+    options = {**options, **(args.model_init_kwargs or {}), "output_loading_info": True}
+    loaded, info = AutoModelForCausalLM.from_pretrained(model, **options)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{model} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, which would be random: is it a "
+            "causal language model?"
+        )
+    return loaded
 
 
 def load_tokenizer(name: str, args: DPOConfig):

@@ -15,6 +15,8 @@ class Speed:
     def __init__(self):
         self._counts: torch.Tensor | list[float] = [0.0] * 4  # pairs, chosen tokens, tokens, rows; of all ranks
         self._tokens: torch.Tensor | float = 0.0  # not yet taken by `take_tokens`
+        self._totals: torch.Tensor | list[float] = [0.0] * 4  # as _counts, of the whole run
+        self._seconds = 0.0  # of the whole run, up to the last report
         self._pause = 0.0
         self.restart()
 
@@ -25,6 +27,7 @@ class Speed:
     def add(self, counts) -> None:
         """Pairs, chosen tokens, tokens (unshared, unpadded) and computed rows of one optimizer step, over all ranks."""
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self._totals = [a + b for a, b in zip(self._totals, counts, strict=True)]
         self._tokens = self._tokens + counts[2]
 
     @contextlib.contextmanager
@@ -41,9 +44,19 @@ class Speed:
         tokens, self._tokens = int(self._tokens), 0.0
         return tokens
 
+    def _elapsed(self) -> float:
+        return max(time.perf_counter() - self._since - self._pause, 1e-9)
+
+    def totals(self) -> dict[str, float]:
+        """`seconds`, `pairs_per_second` and `tokens_saved` (a share) of the whole run, up to now."""
+        pairs, _, tokens, rows = (float(c) for c in self._totals)
+        seconds = self._seconds + self._elapsed()
+        return {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_saved": 1 - rows / max(tokens, 1)}
+
     def report(self, flops: Callable[[float, float], float], accelerator) -> dict[str, float]:
         """`perf/...` since the last report; `flops(rows, live rows)` gives the operations of a forward and backward."""
-        seconds = max(time.perf_counter() - self._since - self._pause, 1e-9)
+        seconds = self._elapsed()
+        self._seconds += seconds
         pairs, _, tokens, rows = (float(c) for c in self._counts)
         self._counts = [0.0] * 4
         self.restart()

@@ -101,7 +101,7 @@ class DPOTrainer(Trainer):
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the evaluation in progress
         self._eval_mean_length = 1.0
         self._speed = Speed()
-        self._started = False
+        self._started = self._verified = False
         self.train_dataset = self._with_reference(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {k: self._with_reference(v, k) for k, v in self.eval_dataset.items()}
@@ -127,6 +127,7 @@ class DPOTrainer(Trainer):
                 )
             data = prepare(eval_dataset, self.setup.tokenizer, self.args, self.setup.vocab_size, metric_key_prefix)
             eval_dataset = self._with_reference(data, metric_key_prefix)
+        self._verify()
         with self._speed.paused():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -229,11 +230,15 @@ class DPOTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
         resume = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
-        if self.args.verify and not self._started and self.setup.plan.path != "padded":
-            # Before accelerate wraps the model, so that the check runs in the weights' own precision.
-            verify_sharing(self.model, self.setup.plan, self.train_dataset[0], self.share)
+        self._verify()
         self._speed.restart()
         return super().train(resume_from_checkpoint=resume, **kwargs)
+
+    def _verify(self) -> None:
+        """Before accelerate wraps the model (training and evaluation do), so that the weights' own precision is used."""
+        if self.args.verify and not self._verified and self.setup.plan.path != "padded" and self.train_dataset:
+            verify_sharing(self.model, self.setup.plan, self.train_dataset[0], self.share)
+        self._verified = True
 
     def create_optimizer(self, model=None):
         """transformers' optimizer; bf16 and fp16 weights get fp32 masters, or a learning rate of 1e-6 is lost."""

@@ -1,0 +1,33 @@
+# Two commands do everything on a clean Linux machine with Python 3.11+ and a C++ compiler:
+#   make train    set up what is missing, then train the embedded default
+#   make test     set up what is missing, then run the tests
+# The README shows the same steps one by one.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup train test lint clean
+
+setup: $(VENV)/.installed
+
+# torch comes first and pinned: a build without it would fetch another one, or skip the extension.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja pybind11
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,test]'
+	touch $@
+
+train: setup
+	$(BIN)/python -m dpo_fast.train
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
