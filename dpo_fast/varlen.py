@@ -1,0 +1,82 @@
+"""Forest attention on CUDA in bf16 and fp16: flash attention over variable-length segments with gathered keys.
+
+Segment k's queries are its own rows, its keys the rows of its ancestors and its own, causal from the bottom right. The
+gathered keys and values are not kept: backward gathers them again, and adds the gradients of a trunk row over the
+segments that read it in float32 and in a fixed order (no atomics: the same bits on every run).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .packing import PrefixForest
+
+
+def varlen_attention_forest(query, key, value, forest: PrefixForest, scale, window=None, kernels=None) -> torch.Tensor:
+    """[1, H, T, Dk], [1, Hkv, T, Dk], [1, Hkv, T, Dv] -> [1, T, H, Dv]; `window` counts positions.
+
+    `kernels` = (forward, backward) with the signatures of `flash_forward` and `flash_backward`, for tests on a CPU.
+    """
+    width = value.shape[-1]
+    # Flash attention wants one head size for keys and values, a multiple of 8; zeros change no score and no output.
+    padded = -(-max(query.shape[-1], width) // 8) * 8
+    q, k, v = (F.pad(x[0].transpose(0, 1), (0, padded - x.shape[-1])) for x in (query, key, value))
+    out = _Varlen.apply(q, k, v, forest, scale, window, kernels or (flash_forward, flash_backward))
+    return out[None, ..., :width]
+
+
+class _Varlen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, forest, scale, window, kernels: tuple[Callable, Callable]):
+        gathered = k.index_select(0, forest.key_rows), v.index_select(0, forest.key_rows)
+        out, *rest = kernels[0](q, *gathered, forest, scale, window)
+        ctx.save_for_backward(q, k, v, out, *rest)
+        ctx.forest, ctx.scale, ctx.window, ctx.backward_kernel = forest, scale, window, kernels[1]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, *rest = ctx.saved_tensors
+        forest = ctx.forest
+        gathered = k.index_select(0, forest.key_rows), v.index_select(0, forest.key_rows)
+        dq, dk, dv = ctx.backward_kernel(grad.contiguous(), q, *gathered, out, *rest, forest, ctx.scale, ctx.window)
+        return dq, sum_over_readers(dk, forest), sum_over_readers(dv, forest), *[None] * 4
+
+
+def sum_over_readers(gradient: torch.Tensor, forest: PrefixForest) -> torch.Tensor:
+    """Gradients of gathered rows [sum of keys, ...] added up a row [T, ...], in float32, in the order of the segments.
+
+    Equivalent, but for the order: `zeros(T, ...).index_add(0, forest.key_rows, gradient)`.
+    """
+    if "readers" not in forest.cache:
+        order = torch.argsort(forest.key_rows, stable=True)
+        counts = torch.zeros(forest.rows, dtype=torch.int64, device=order.device)
+        counts.index_add_(0, forest.key_rows, torch.ones_like(forest.key_rows))
+        forest.cache["readers"] = order, counts
+    order, counts = forest.cache["readers"]
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    rows = gradient.index_select(0, order).to(wide).flatten(1)
+    total = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
+    return total.view(forest.rows, *gradient.shape[1:]).to(gradient.dtype)
+
+
+def flash_forward(q, k, v, forest: PrefixForest, scale, window):
+    """[T, H, D], [keys, Hkv, D] twice -> output [T, H, D], log-sum-exp [H, T], and what backward wants back."""
+    out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, forest.cu_q, forest.cu_k, forest.max_q, forest.max_k, 0.0, True, False, scale=scale, **_left(window)
+    )
+    return out, lse, rng_state, unused
+
+
+def flash_backward(grad, q, k, v, out, lse, rng_state, unused, forest: PrefixForest, scale, window):
+    """Gradients of q [T, H, D] and of the gathered k and v [keys, Hkv, D]."""
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, forest.cu_q, forest.cu_k, forest.max_q, forest.max_k, 0.0, True, rng_state, unused,
+        scale=scale, **_left(window),
+    )  # fmt: skip
+
+
+def _left(window: int | None) -> dict[str, int]:
+    # A key's place in its segment's list counts positions, so the window in keys is the window in positions.
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
