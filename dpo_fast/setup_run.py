@@ -122,7 +122,7 @@ def load_model(model, args: DPOConfig) -> torch.nn.Module:
 def load_tokenizer(name: str, args: DPOConfig):
     """The tokenizer of a model's folder or hub name; None where there is none."""
     revision = (args.model_init_kwargs or {}).get("revision")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a folder without a tokenizer
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     return None
 

@@ -1,0 +1,54 @@
+"""A training run as a process of its own, for tests that kill it or start several: `python run_training.py spec.json`.
+
+The spec: `model` (folder), `options` (of DPOConfig), `train`, `eval` (rows), `resume`, `out` (where rank 0 writes the log
+history and the final weights), `dtype`, `kill_at` (see `kill_while_saving`).
+"""
+
+import json
+import os
+import signal
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_fast import DPOConfig, DPOTrainer
+
+
+def kill_while_saving(kill_at: int) -> None:
+    """SIGKILL to ourselves at the `kill_at`-th file that is opened for writing in a checkpoint folder of step 4."""
+    seen = 0
+
+    def hook(event, args):
+        nonlocal seen
+        if event == "open" and isinstance(args[0], str) and "checkpoint-4" in args[0] and "w" in str(args[1] or ""):
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def main(path: str) -> None:
+    with open(path) as file:
+        spec = json.load(file)
+    if spec.get("kill_at"):
+        kill_while_saving(spec["kill_at"])
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec.get("dtype", "float64")))
+    trainer = DPOTrainer(
+        model, args=DPOConfig(**spec["options"]), train_dataset=spec["train"], eval_dataset=spec.get("eval")
+    )
+    trainer.train(resume_from_checkpoint=spec.get("resume"))
+    metrics = trainer.evaluate() if spec.get("eval") else None
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.accelerator.is_main_process:
+        torch.save({k: v.cpu() for k, v in state.items()}, spec["out"] + ".pt")
+        with open(spec["out"], "w") as file:
+            json.dump({"history": trainer.state.log_history, "eval": metrics}, file)
+    trainer.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
