@@ -1,8 +1,9 @@
-"""Preference pairs from files and the hub: every layout in use, turned into one.
+"""Preference pairs from files and the hub, with every row that is left out counted and named.
 
 A normalised row is `{"prompt", "chosen", "rejected"}`: three strings (plain text) or three message lists
 (`[{"role": "user", "content": "..."}]`, for the chat template), and, where the data has them, `tools` (a list) and
-`chat_template_kwargs` (a dict). Tokens are made in tokenize.py. Nothing here knows a tokenizer or a model.
+`chat_template_kwargs` (a dict). What a row may look like is in layouts.py; tokens are made in tokenization.py. Nothing
+here knows a tokenizer or a model.
 """
 
 import dataclasses
@@ -11,22 +12,17 @@ import json
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-RANKING_PAIRS = ("all", "best_worst")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
-SHAREGPT_ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
+from .layouts import RANKING_PAIRS, BadRowError, make_pair, read_row
+
 SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|validation|valid|val|dev|eval)([-_.\d]|$)")
 
 
 class DataError(ValueError):
     """A row or file that cannot be used; the message holds the place, the field and what to do."""
-
-
-class _BadRowError(Exception):
-    """What is wrong with one row; details follow the first ': ' so that reasons can be counted."""
 
 
 @dataclasses.dataclass
@@ -103,6 +99,26 @@ def normalise_rows(
     return pairs
 
 
+def split_pairs(pairs: Pairs, size: float, seed: int = 0) -> tuple[Pairs, Pairs]:
+    """`(the rest, held out)`: about `size` pairs (a share below 1, or a number) are held out, whole prompts at a time.
+
+    No prompt is on both sides. Raises ValueError where one side would be empty.
+    """
+    groups = defaultdict(list)
+    for i, row in enumerate(pairs.rows):
+        groups[json.dumps(row["prompt"], sort_keys=True)].append(i)
+    prompts = list(groups.values())
+    random.Random(seed).shuffle(prompts)
+    wanted, held_out = size if size >= 1 else size * len(pairs.rows), set()
+    while prompts and len(held_out) < wanted:
+        held_out.update(prompts.pop())
+    if not prompts or not held_out:
+        raise ValueError(f"a split of size {size:g} leaves no pair on one side: there are {len(pairs.rows)} pairs")
+    sides = ([row for i, row in enumerate(pairs.rows) if (i in held_out) == side] for side in (False, True))
+    rest, held = (dataclasses.replace(pairs, rows=rows) for rows in sides)
+    return rest, dataclasses.replace(held, dropped=[])
+
+
 def _check_usable(pairs: Pairs, kinds: dict[str, str]) -> None:
     if not pairs.rows:
         why = f"; the first of {len(pairs.dropped)} left out is {': '.join(pairs.dropped[0])}" if pairs.dropped else ""
@@ -121,24 +137,36 @@ def _weighted(rows: list[dict], weight: float, rng: random.Random) -> list[dict]
     return rows * whole + [rows[i] for i in share]
 
 
-# Reading: every reader yields (place, row), or (place, _BadRowError) for a line that is not a row.
+# Reading: every reader yields (place, row), or (place, BadRowError) for a line that is not a row.
 
 
-def _read_source(source: Source, split: str) -> Iterator[tuple[str, object]]:
+def locate(source: Source, split: str = "train") -> list[Path] | None:
+    """The files of a source, found without reading them; None for a hub name.
+
+    Raises FileNotFoundError for a missing path, ValueError (DataError) for one that cannot be what it is named as.
+    """
     path = Path(source.path).expanduser()
     if path.is_dir():
         if source.name:
             raise ValueError(f"{source.path}: name={source.name!r} is for hub data sets, this is a directory")
-        for file in _files_of_split(path, source.split or split):
-            yield from _read_file(file)
-    elif path.is_file():
+        return _files_of_split(path, source.split or split)
+    if path.is_file():
         if source.split or source.name:
             raise ValueError(f"{source.path} is one file: split and name have no effect, leave them out")
-        yield from _read_file(path)
-    elif _reader(path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.path):
+        if _reader(path) is None:
+            raise DataError(f"{path}: unknown kind of file, known are {', '.join(READERS)} (and .gz of the JSON ones)")
+        return [path]
+    if _reader(path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.path):
         raise FileNotFoundError(f"no such file or directory: {source.path} (absolute: {path.absolute()})")
-    else:
+    return None
+
+
+def _read_source(source: Source, split: str) -> Iterator[tuple[str, object]]:
+    files = locate(source, split)
+    if files is None:
         yield from _read_hub(source, split)
+    for file in files or ():
+        yield from _reader(file)(file)
 
 
 def _files_of_split(directory: Path, split: str) -> list[Path]:
@@ -161,13 +189,6 @@ def _reader(path: Path) -> Callable[[Path], Iterator] | None:
     return next((read for ending, read in READERS.items() if name.endswith(ending)), None)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, object]]:
-    read = _reader(path)
-    if read is None:
-        raise DataError(f"{path}: unknown kind of file, known are {', '.join(READERS)} (and .gz of the JSON ones)")
-    return read(path)
-
-
 def _open(path: Path):
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
@@ -180,7 +201,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
                 try:
                     yield f"{path} line {number}", json.loads(line)
                 except ValueError as error:
-                    yield f"{path} line {number}", _BadRowError(f"the line is not valid JSON: {error}")
+                    yield f"{path} line {number}", BadRowError(f"the line is not valid JSON: {error}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
@@ -232,7 +253,7 @@ def _read_hub(source: Source, split: str) -> Iterator[tuple[str, object]]:
 READERS = {".jsonl": _read_lines, ".ndjson": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
 
 
-# Normalising: columns decide the layout, a layout gives (tag, prompt, chosen, rejected), _pair does the rest.
+# Normalising: layouts.py reads a row, here rows are gathered and the bad ones named.
 
 
 def _normalise(located, where: str, ranking_pairs: str, skip_bad_rows: bool) -> tuple[Pairs, dict[str, str]]:
@@ -241,23 +262,23 @@ def _normalise(located, where: str, ranking_pairs: str, skip_bad_rows: bool) -> 
         raise ValueError(f"ranking_pairs={ranking_pairs!r} is not one of {', '.join(RANKING_PAIRS)}")
     pairs, layouts, kinds = Pairs(), Counter(), {}
 
-    def bad(place: str, error: _BadRowError) -> None:
+    def bad(place: str, error: BadRowError) -> None:
         if not skip_bad_rows:
             raise DataError(f"{place}: {error}. Mend the row, or leave such rows out with skip_bad_rows=True")
         pairs.dropped.append((place, str(error)))
 
     for place, row in located:
         try:
-            layout, extras, found = _read_row(row, ranking_pairs)
-        except _BadRowError as error:
+            layout, extras, found = read_row(row, ranking_pairs)
+        except BadRowError as error:
             bad(place, error)
             continue
         if not found:
             pairs.dropped.append((place, "no completion ranks above another"))
         for tag, *sides in found:
             try:
-                how, pair = _pair(*sides)
-            except _BadRowError as error:
+                how, pair = make_pair(*sides)
+            except BadRowError as error:
                 bad(place + tag, error)
                 continue
             pairs.rows.append(pair | extras)
@@ -266,235 +287,3 @@ def _normalise(located, where: str, ranking_pairs: str, skip_bad_rows: bool) -> 
     counted = [name if len(layouts) == 1 else f"{name} ({n})" for name, n in layouts.most_common()]
     pairs.layout[where] = "; ".join(counted) or "none"
     return pairs, kinds
-
-
-def _read_row(row, ranking_pairs: str) -> tuple[str, dict, list[tuple]]:
-    """Layout, extras (tools, chat_template_kwargs) and (tag, prompt, chosen, rejected) of one row."""
-    if isinstance(row, _BadRowError):
-        raise row
-    if not isinstance(row, dict):
-        raise _BadRowError(f"the row is not an object of named columns: found {type(row).__name__}")
-    given = {key: value for key, value in row.items() if value is not None}
-    if given.get("images") or given.get("image"):
-        raise _BadRowError("the row has images, only text can be trained on")
-    extras = {}
-    for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
-        if given.get(key):
-            extras[key] = _decoded(key, given[key], kind)
-    for layout, columns, read in LAYOUTS:
-        if all(column in given for column in columns):
-            return layout, extras, read(given, ranking_pairs)
-    null = ", ".join(key for key in row if key not in given)
-    raise _BadRowError(
-        f"no known layout has these columns: {', '.join(given) or 'none'}{f' (null: {null})' if null else ''}. Known: "
-        + "; ".join(layout for layout, _, _ in LAYOUTS)
-    )
-
-
-def _decoded(key: str, value, kind: type):
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise _BadRowError(f"'{key}' is not valid JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise _BadRowError(f"'{key}' must be a {kind.__name__}: found {type(value).__name__}")
-    return value
-
-
-def _direct(row: dict, _) -> list[tuple]:
-    return [("", row.get("prompt"), row["chosen"], row["rejected"])]
-
-
-def _sharegpt(row: dict, _) -> list[tuple]:
-    prompt = _side("conversations", row["conversations"])
-    if isinstance(prompt, str) or prompt[-1]["role"] not in ("user", "tool"):
-        raise _BadRowError("'conversations' must be messages that end before the reply, with a user or tool turn")
-    return [("", _system(row) + prompt, _reply(row["chosen"]), _reply(row["rejected"]))]
-
-
-def _alpaca(row: dict, _) -> list[tuple]:
-    replies = [row["chosen"], row["rejected"]] if "chosen" in row and "rejected" in row else row["output"]
-    if not isinstance(replies, list) or len(replies) != 2:
-        raise _BadRowError("'output' must be a list of two, [best, worst]")
-    turns = row.get("history", [])
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise _BadRowError("'history' must be a list of [question, answer]")
-    if not all(isinstance(row.get(field, ""), str) for field in ("instruction", "input")):
-        raise _BadRowError("'instruction' and 'input' must be text")
-    prompt = _system(row)
-    for question, answer in turns:
-        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return [("", [*prompt, {"role": "user", "content": question}], *map(_reply, replies))]
-
-
-def _system(row: dict) -> list[dict]:
-    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
-
-
-def _reply(value):
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-
-
-def _ranked(row: dict, ranking_pairs: str) -> list[tuple]:
-    """Pairs of N completions: all strictly ordered ones, best first, or the best with the worst."""
-    completions = row["completions"]
-    if not isinstance(completions, list):
-        raise _BadRowError(f"'completions' must be a list: found {type(completions).__name__}")
-    n = len(completions)
-    if "ranks" in row:
-        order = _preferred(_numbers("ranks", row["ranks"], n), ranking_pairs)
-    elif "scores" in row:
-        order = _preferred([-score for score in _numbers("scores", row["scores"], n)], ranking_pairs)
-    elif ranking_pairs == "all":
-        order = row["preferred_pairs"]
-        valid = isinstance(order, list) and all(isinstance(p, list) and len(p) == 2 for p in order)
-        if not valid or any(type(i) is not int or not 0 <= i < n for p in order for i in p):
-            raise _BadRowError(f"'preferred_pairs' must be [[better, worse], ...] with indices below: {n}")
-    else:
-        raise ValueError("ranking_pairs='best_worst' needs ranks or scores; preferred_pairs name their pairs already")
-    return [(f" completions {i} > {j}", row["prompt"], completions[i], completions[j]) for i, j in order]
-
-
-def _numbers(field: str, values, n: int) -> list[float]:
-    numeric = isinstance(values, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
-    if not numeric or len(values) != n:
-        raise _BadRowError(f"'{field}' must hold one number a completion: {n} completions, {field} {values}")
-    return values
-
-
-def _preferred(cost: list[float], ranking_pairs: str) -> list[tuple[int, int]]:
-    order = sorted(range(len(cost)), key=cost.__getitem__)
-    if ranking_pairs == "best_worst":
-        order = [order[0], order[-1]] if order else []
-    return [(i, j) for k, i in enumerate(order) for j in order[k + 1 :] if cost[i] < cost[j]]
-
-
-# (name, columns that must be there, reader); the first match wins.
-LAYOUTS = (
-    ("prompt, chosen, rejected", ("prompt", "chosen", "rejected"), _direct),
-    ("prompt, completions, ranks", ("prompt", "completions", "ranks"), _ranked),
-    ("prompt, completions, scores", ("prompt", "completions", "scores"), _ranked),
-    ("prompt, completions, preferred_pairs", ("prompt", "completions", "preferred_pairs"), _ranked),
-    ("sharegpt conversations, chosen, rejected", ("conversations", "chosen", "rejected"), _sharegpt),
-    ("alpaca instruction, input, chosen, rejected", ("instruction", "chosen", "rejected"), _alpaca),
-    ("alpaca instruction, input, output [best, worst]", ("instruction", "output"), _alpaca),
-    ("chosen, rejected without prompt", ("chosen", "rejected"), _direct),
-)
-
-
-def _pair(prompt, chosen, rejected) -> tuple[str, dict]:
-    """How the three values were read, and the normalised pair."""
-    chosen, rejected = _side("chosen", chosen), _side("rejected", rejected)
-    prompt = prompt if prompt is None else _side("prompt", prompt)
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _BadRowError("one of 'chosen' and 'rejected' is text, the other messages")
-    if chosen == rejected:
-        raise _BadRowError("'chosen' equals 'rejected'")
-    _refuse_empty(chosen, rejected, "")
-    if isinstance(chosen, str) and prompt is None:
-        n = _common_text(chosen, rejected)
-        how, prompt, chosen, rejected = (
-            "text, their common beginning is the prompt",
-            chosen[:n],
-            chosen[n:],
-            rejected[n:],
-        )
-    elif isinstance(chosen, str) and isinstance(prompt, str):
-        how = "text"
-    elif isinstance(chosen, str):
-        how, chosen, rejected = "messages with replies as text", _reply(chosen), _reply(rejected)
-    elif prompt is None or _opens(chosen) or _opens(rejected):
-        how, prompt, n = _prompt_of_conversations(prompt, chosen, rejected)
-        chosen, rejected = chosen[n:], rejected[n:]
-    elif isinstance(prompt, str):
-        how, prompt = "messages with the prompt as text", [{"role": "user", "content": prompt}]
-    else:
-        how = "messages"
-    _refuse_empty(chosen, rejected, " after the prompt")
-    for field, value in (("chosen", chosen), ("rejected", rejected)):
-        if _opens(value):
-            raise _BadRowError(f"'{field}' goes on with a {value[0]['role']} turn where the reply must be")
-    return how, {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _prompt_of_conversations(prompt, chosen: list[dict], rejected: list[dict]) -> tuple[str, list[dict], int]:
-    """Prompt of two conversations that hold it, and how many of their first messages belong to it."""
-    end = min(len(chosen), len(rejected)) - 1
-    common = next((i for i in range(end) if chosen[i] != rejected[i]), end)
-    if common == 0:
-        raise _BadRowError("'chosen' and 'rejected' do not begin with the same message, so they hold no common prompt")
-    if not isinstance(prompt, list):
-        tail = "" if prompt is None else " that repeat the text prompt"
-        return f"whole conversations{tail}", chosen[:common], common
-    how = "messages, the prompt repeated in the completions (stripped)"
-    for n in range(min(common, len(prompt)), 0, -1):
-        if prompt[-n:] == chosen[:n]:
-            return how, prompt, n
-    if chosen[:common][-len(prompt) :] == prompt:
-        return how, chosen[:common], common
-    raise _BadRowError("'chosen' and 'rejected' begin with turns that are not those of 'prompt'")
-
-
-def _common_text(chosen: str, rejected: str) -> int:
-    """Characters of the implicit prompt: at least one is left to each side, a space goes with the completion."""
-    end = min(len(chosen), len(rejected)) - 1
-    n = next((i for i in range(end + 1) if chosen[i] != rejected[i]), None)
-    if n is None:
-        return end
-    return n - 1 if n and chosen[n - 1] == " " else n
-
-
-def _side(field: str, value) -> str | list[dict]:
-    """Text as it is, or messages with role and content, without null entries."""
-    if isinstance(value, str):
-        return _text(field, value)
-    value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list):
-        raise _BadRowError(f"'{field}' must be text or a list of messages: found {type(value).__name__}")
-    if not value:
-        raise _BadRowError(f"'{field}' is empty")
-    return [_message(field, message) for message in value]
-
-
-def _message(field: str, message) -> dict:
-    if not isinstance(message, dict):
-        raise _BadRowError(f"'{field}' must hold messages with role and content: found {type(message).__name__}")
-    message = {key: value for key, value in message.items() if value is not None}
-    if "from" in message and "role" not in message:
-        sender = message.pop("from")
-        if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-            raise _BadRowError(f"'{field}' has an unknown sender, known are {', '.join(SHAREGPT_ROLES)}: {sender!r}")
-        message = {"role": SHAREGPT_ROLES[sender], "content": message.pop("value", None)} | message
-    content = message.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise _BadRowError(f"'{field}' has a content part that is not text")
-        content = message["content"] = "".join(part["text"] for part in content)
-    if not isinstance(message.get("role"), str) or not (isinstance(content, str) or message.get("tool_calls")):
-        raise _BadRowError(f"'{field}' has a message without a role or a content as text: keys {', '.join(message)}")
-    _text(field, content or "")
-    return message
-
-
-def _text(field: str, text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _BadRowError(f"'{field}' holds half a surrogate pair, which is no text (cut emoji?)") from None
-    return text
-
-
-def _opens(value) -> bool:
-    """A conversation from its beginning, as a reply never starts with these roles."""
-    return isinstance(value, list) and value[0]["role"] in ("user", "system", "developer")
-
-
-def _refuse_empty(chosen, rejected, when: str) -> None:
-    for field, value in (("chosen", chosen), ("rejected", rejected)):
-        texts = [value] if isinstance(value, str) else [m.get("content", "") for m in value if not m.get("tool_calls")]
-        calls = isinstance(value, list) and len(texts) < len(value)
-        if not calls and not any(text.strip() for text in texts):
-            raise _BadRowError(f"'{field}' is empty{when}")

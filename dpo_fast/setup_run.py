@@ -180,7 +180,7 @@ def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[flo
     def cost(parameters) -> int:
         return sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters)
 
-    outside = {id(head.weight), *(id(p) for p in base_model(model).get_input_embeddings().parameters())}
-    trunk = cost(p for p in model.parameters() if p.ndim > 1 and id(p) not in outside)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    trunk = cost(p for p in model.parameters() if p.ndim > 1 and id(p) not in tables | {id(head.weight)})
     per_live = cost([head.weight])
     return lambda rows, live: rows * trunk + live * per_live

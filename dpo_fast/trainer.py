@@ -85,6 +85,8 @@ class DPOTrainer(Trainer):
         )
         if args.n_gpu > 1:
             raise ValueError("several GPUs need one process each: start with `accelerate launch` or `torchrun`")
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("fsdp has no effect: accelerate shards over several accelerators only")
         if args.max_tokens_per_batch is not None and self.is_deepspeed_enabled:
             raise ValueError(
                 "max_tokens_per_batch splits batches, which DeepSpeed's engine counts itself: leave it out"

@@ -29,16 +29,36 @@ def kill_while_saving(kill_at: int) -> None:
     sys.addaudithook(hook)
 
 
+def shard_on_cpu() -> None:
+    """Let accelerate apply FSDP on CPU processes: torch's FSDP2 does, but accelerate 1.15 asks for an accelerator."""
+    from accelerate import PartialState, state
+
+    PartialState(cpu=True)
+    real = state.DistributedType
+
+    class Names:
+        """The enum, with the CPU in the place of a device that nobody here has."""
+
+        def __getattr__(self, name):
+            return getattr(real, "MULTI_CPU" if name == "MULTI_MLU" else name)
+
+    state.DistributedType = Names()
+
+
 def main(path: str) -> None:
     with open(path) as file:
         spec = json.load(file)
     if spec.get("kill_at"):
         kill_while_saving(spec["kill_at"])
+    if spec["options"].get("fsdp"):
+        shard_on_cpu()
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec.get("dtype", "float64")))
     trainer = DPOTrainer(
         model, args=DPOConfig(**spec["options"]), train_dataset=spec["train"], eval_dataset=spec.get("eval")
     )
     trainer.train(resume_from_checkpoint=spec.get("resume"))
+    if spec["options"].get("fsdp"):
+        assert any(hasattr(p, "full_tensor") for p in trainer.model.parameters()), "nothing was sharded"
     metrics = trainer.evaluate() if spec.get("eval") else None
     state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.accelerator.is_main_process:

@@ -42,7 +42,7 @@ def run(folder: Path, name: str, *, check=True, **spec) -> subprocess.CompletedP
 
 def history(folder: Path, name: str) -> list[dict]:
     rows = json.loads((folder / name).read_text())["history"]
-    timed = ("perf/", "train_runtime", "train_samples", "train_steps", "total_flos", "train_loss")
+    timed = ("perf/", "train_", "total_flos", "eval_runtime", "eval_samples_per", "eval_steps_per")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 

@@ -1,0 +1,290 @@
+"""`python -m dpo_fast.train`: train a model on preference pairs, with TRL's option names. Without options, the demo.
+
+What is cheap comes first: options, files, layouts, tokens, the model's configuration. Then the model is loaded. Whatever
+a user can mend ends as one line on stderr and exit status 2. Options are in options.py.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .data import Pairs, load_pairs, locate, split_pairs
+
+# What the extra [train] brings.
+_EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
+_LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch")
+_LONGEST = 600  # characters of an error; transformers lists every model it knows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    with _quiet():
+        try:
+            if not argv:
+                from .demo import main as demo
+
+                return demo([])
+            return run(argv)
+        except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+            if isinstance(error, ModuleNotFoundError) and _package(error) not in _EXTRA:
+                raise
+            text = " ".join(_explain(error).split())
+            rank = os.environ.get("RANK", "0")
+            where = "" if rank == "0" else f" on rank {rank}"
+            shown = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+            print(f"dpo_fast: error{where}: {shown}", file=sys.stderr)
+            return 2
+
+
+def _package(error: ModuleNotFoundError) -> str:
+    return (error.name or "").split(".")[0]
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{_package(error)} is not installed: pip install 'dpo_fast[train]'"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: set max_tokens_per_batch or lower per_device_train_batch_size ({error})"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record):
+        return " ".join(super().format(record).split())
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The libraries' advice stays off the screen; what dpo_fast warns of reaches stderr, one line each."""
+    ours, handler = logging.getLogger("dpo_fast"), logging.StreamHandler()
+    handler.setFormatter(_OneLine("dpo_fast: %(message)s"))
+    handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        ours.addHandler(handler)
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            ours.removeHandler(handler)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def read_config(argv: list[str]) -> dict:
+    """The YAML file that `--config` names, {} without one. Its `env` is put into the environment, not returned.
+
+    Raises FileNotFoundError, and ValueError for a file that is not a mapping of options.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        path = parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError as error:
+        raise ValueError(error) from None
+    if path is None:
+        return {}
+    import yaml
+
+    with open(path) as file:
+        try:
+            config = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise ValueError(f"{path} must hold options, one `name: value` a line")
+    environment = config.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"env in {path} must be a mapping of variables, found {environment!r}")
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    return config
+
+
+def run(argv: list[str]) -> int:
+    """Train, or inspect the data, as the options say. Raises what `main` turns into one line."""
+    # Before transformers is imported: it reads the environment.
+    config = read_config(argv)
+    from transformers.utils import logging as transformers_logging
+
+    from .parse_options import parse
+    from .prepare import prepare
+    from .setup_run import load_tokenizer
+
+    script, args, model_args = parse(argv, config)
+    say = print if args.process_index == 0 else _say_nothing
+    transformers_logging.set_verbosity_error()
+    if args.disable_tqdm or args.process_index:
+        transformers_logging.disable_progress_bar()
+    name = model_args.model_name_or_path
+    _check_files(script, args, model_args)
+    resume = _resume(args)
+    initial = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    if model_args.attn_implementation:
+        initial["attn_implementation"] = model_args.attn_implementation
+    args.model_init_kwargs = {**initial, **(args.model_init_kwargs or {})}
+    tokenizer = load_tokenizer(name, args)
+    if tokenizer is None:
+        raise ValueError(f"{name} holds no tokenizer, or there is no such model folder or hub name")
+    if model_args.chat_template_path:
+        tokenizer.chat_template = Path(model_args.chat_template_path).read_text()
+    vocab_size = None if script.inspect_data else _plan_without_weights(model_args, args)
+    pairs = _load_pairs(script, args, say)
+    if model_args.chat_template_path and all(isinstance(r["chosen"], str) for p in pairs.values() for r in p.rows):
+        raise ValueError("chat_template_path has no effect: the data is text, not messages")
+    if script.inspect_data:
+        for part, loaded in pairs.items():
+            say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args)}")
+        return 0
+    data = {part: prepare(loaded, tokenizer, args, vocab_size, part) for part, loaded in pairs.items()}
+    _train(script, args, model_args, tokenizer, data, resume, say)
+    return 0
+
+
+def _say_nothing(*_) -> None:
+    pass
+
+
+def _check_files(script, args, model_args) -> None:
+    """Everything that is named is there. Raises FileNotFoundError or ValueError."""
+    from .options import eval_sources, train_sources
+
+    name, template = model_args.model_name_or_path, model_args.chat_template_path
+    if Path(name).is_dir():
+        if model_args.model_revision != "main":
+            raise ValueError(f"model_revision has no effect on a folder ({name}): leave it out")
+    elif not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"no such model folder: {name} (absolute: {Path(name).absolute()})")
+    if template and not Path(template).is_file():
+        raise FileNotFoundError(f"no such file: {template} (chat_template_path)")
+    for source in train_sources(script):
+        locate(source, script.dataset_train_split)
+    for source in eval_sources(script) if args.do_eval else ():
+        locate(source, script.dataset_test_split)
+
+
+def _resume(args) -> str | None:
+    """The checkpoint to go on from. Raises ValueError where there is none."""
+    value = args.resume_from_checkpoint
+    known = {"true": True, "false": None}
+    return checkpoint.resolve(known.get(str(value).lower(), value), args.output_dir)
+
+
+def _load_pairs(script, args, say) -> dict[str, Pairs]:
+    """The pairs to train on and, where the run evaluates, those to evaluate on."""
+    from .options import eval_sources, train_sources
+
+    common = {
+        "skip_bad_rows": args.skip_bad_rows,
+        "ranking_pairs": script.ranking_pairs,
+        "seed": args.seed,
+        "log": say,
+    }
+    pairs = {"train": load_pairs(train_sources(script), split=script.dataset_train_split, **common)}
+    if args.do_eval and script.test_split_size is not None:
+        pairs["train"], pairs["eval"] = split_pairs(pairs["train"], script.test_split_size, args.seed)
+        say(f"held out: {len(pairs['eval'].rows)} pairs, {len(pairs['train'].rows)} are left to train on")
+    elif args.do_eval:
+        pairs["eval"] = load_pairs(eval_sources(script), split=script.dataset_test_split, **common)
+    ranked = any("completions" in layout for part in pairs.values() for layout in part.layout.values())
+    if script.ranking_pairs != "all" and not ranked:
+        raise ValueError(f"ranking_pairs={script.ranking_pairs} has no effect: no row holds ranked completions")
+    return pairs
+
+
+def _inspect(pairs: Pairs, tokenizer, args) -> str:
+    from .inspect_data import report
+    from .tokenization import tokenize_pairs
+
+    tokenized = tokenize_pairs(
+        pairs.rows, tokenizer, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows, log=_say_nothing
+    )
+    return report(pairs, tokenized, tokenizer, batch_size=args.per_device_train_batch_size)
+
+
+def _train(script, args, model_args, tokenizer, data, resume, say) -> None:
+    from .setup_run import load_model
+    from .trainer import DPOTrainer
+
+    model = load_model(model_args.model_name_or_path, args)
+    args.model_init_kwargs = None
+    trainer = DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        peft_config=model_args.peft_config(),
+    )
+    if script.ignore_bias_buffers:
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
+    before = trainer.evaluate() if "eval" in data else None
+    trainer.train(resume_from_checkpoint=resume)
+    speed = trainer._speed.totals()
+    after = _final_metrics(trainer) if "eval" in data else None
+    trainer.save_model(args.output_dir)
+    say(f"saved the model and its tokenizer to {args.output_dir}")
+    say(_summary(before, after, speed, trainer.state.global_step))
+    trainer.accelerator.end_training()
+
+
+def _plan_without_weights(model_args, args) -> int:
+    """Rows of the model's head. Raises ValueError for a model that cannot be trained so, before its weights are read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .model import plan_model
+    from .ref_model import choose
+    from .setup_run import add_adapters, is_sharded
+
+    choose(args, object(), None, is_sharded(args), adapters=model_args.use_peft)
+    remote = {"trust_remote_code": args.trust_remote_code}
+    revision = args.model_init_kwargs["revision"]
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=revision, **remote)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **remote)
+        plan = plan_model(model)
+        vocab_size = model.get_output_embeddings().weight.shape[0]
+        add_adapters(model, model_args.peft_config())
+    if model_args.attn_implementation and plan.path == "shared":
+        raise ValueError(
+            f"attn_implementation={model_args.attn_implementation} has no effect: dpo_fast brings its own attention, "
+            f"which shares prompts, for {config.model_type} models. Leave it out"
+        )
+    return vocab_size
+
+
+def _final_metrics(trainer) -> dict:
+    """Evaluation of the model that is saved; not twice where the last step was evaluated."""
+    state = trainer.state
+    last = [log for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step]
+    return last[-1] if last and not trainer.args.load_best_model_at_end else trainer.evaluate()
+
+
+def _summary(before: dict | None, after: dict | None, speed: dict, steps: int) -> str:
+    parts = []
+    if before and after:
+        accuracy, margin = "eval_rewards/accuracies", "eval_rewards/margins"
+        parts.append(f"held-out reward accuracy {before[accuracy]:.1%} -> {after[accuracy]:.1%}")
+        parts.append(f"margin {before[margin]:.3f} -> {after[margin]:.3f}")
+    parts.append(f"step {steps} reached in {speed['seconds']:.1f} s")
+    parts.append(f"{speed['pairs_per_second']:.1f} pairs/s")
+    parts.append(f"{speed['tokens_saved']:.1%} of tokens saved")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
