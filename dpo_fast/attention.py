@@ -55,6 +55,13 @@ def forest_attention(
         raise ValueError(f"attention dropout {dropout} cannot be shared between completions: set it to 0")
     if kwargs.get("position_bias") is not None:
         raise ValueError("attention with a position bias is not supported on a prefix forest")
+    if attention_mask is not None and attention_mask.numel():
+        raise ValueError("the model makes an attention mask of its own, which a prefix forest cannot follow")
+    # `forest_mask` states the window of the layer's mask, which some models (qwen2_moe) tell only there.
+    window = None if attention_mask is None else attention_mask.shape[0]
+    if sliding_window not in (None, window):
+        raise ValueError(f"a sliding window of {sliding_window} is asked for, but the layer's mask has {window}")
+    sliding_window = window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is not None or s_aux is not None:
         if query.is_cuda:
@@ -68,7 +75,8 @@ def forest_attention(
         return varlen_attention_forest(query, key, value, forest, scale, sliding_window), None
     else:
         out = block_attention(query, key, value, forest, scale, sliding_window)
-    return out.transpose(1, 2), None
+    # Contiguous as transformers' own: some models (jetmoe, afmoe) take a view of it.
+    return out.transpose(1, 2).contiguous(), None
 
 
 def block_attention(query, key, value, forest, scale, sliding_window=None, softcap=None, s_aux=None) -> torch.Tensor:
@@ -105,7 +113,8 @@ def matmul_attention(q, k, v, mask, scale, softcap=None, s_aux=None) -> torch.Te
     scores = q @ k.transpose(2, 3) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, -math.inf)
+    # Not -inf: the padding rows of a plain batch see nothing, and NaN would reach the others through their values.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, sinks], dim=-1)
@@ -116,8 +125,9 @@ def matmul_attention(q, k, v, mask, scale, softcap=None, s_aux=None) -> torch.Te
 def plan_blocks(forest: PrefixForest) -> list[tuple[int, int, tuple[int, ...]]]:
     """Cut the forest into blocks (first segment, last segment + 1, segments above) with the fewest attention scores.
 
-    A block is a whole subtree under one mask, or one segment with its subtrees as blocks of their own. A pair is one
-    block; many pairs under one system prompt are a block each, since one mask over all of them would be quadratic.
+    A block is a whole subtree under one mask, or one segment with its subtrees as blocks of their own. Short
+    pairs are one block; a long prompt is a block of its own, and so is each pair under a common system prompt, since one
+    mask over all of them would be quadratic.
     """
     plan = forest.cache.get("blocks")
     if plan is None:
@@ -197,16 +207,21 @@ def plain_forward(module, query, key, value, attention_mask, *, scaling, dropout
         rows, keys = query.shape[2], key.shape[2]
         mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return matmul_attention(query, key, value, mask, scale, softcap, s_aux).transpose(1, 2), None
+    return matmul_attention(query, key, value, mask, scale, softcap, s_aux).transpose(1, 2).contiguous(), None
 
 
-def forest_mask(*args, **kwargs):
-    """transformers' mask interface: none on a forest row (the forest is the mask), SDPA's for a plain call."""
+def forest_mask(*args, local_size: int | None = None, **kwargs):
+    """transformers' mask interface: SDPA's mask for a plain call; on a forest row the forest is the mask.
+
+    There a layer needs only its window: None without one, else a tensor [window, 0].
+    """
     from transformers.masking_utils import sdpa_mask
 
     from .model import running_on_forest
 
-    return None if running_on_forest() else sdpa_mask(*args, **kwargs)
+    if not running_on_forest():
+        return sdpa_mask(*args, local_size=local_size, **kwargs)
+    return None if local_size is None else torch.empty(local_size, 0)
 
 
 def register() -> None:

@@ -9,9 +9,12 @@ later. A row scale commutes with both matrix products of the backward pass, so t
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import reference
 
+# Of the head; the fastest that is there is the default.
+BACKENDS = ("torch",)
 # Logits of one chunk of rows: on a CPU about what the last-level cache holds.
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 WORKSPACE_BYTES = 1 << 30
@@ -48,9 +51,14 @@ def linear_token_logps(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them")
-    logps, *stats = _LinearTokenLogps.apply(
-        hidden, weight, targets, bias, (logit_scale, softcap, temperature), tuple(outputs), workspace_bytes
-    )
+    if not torch.is_grad_enabled():
+        # autograd.Function asks what requires a gradient, not whether one will be taken: nothing is to be kept.
+        hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
+    # What follows the head's products is float32: autocast would run the statistics in its own type.
+    with torch.autocast(device, enabled=False):
+        logps, *stats = _LinearTokenLogps.apply(
+            hidden, weight, targets, bias, (logit_scale, softcap, temperature), tuple(outputs), workspace_bytes
+        )
     return (logps, dict(zip(outputs, stats, strict=True))) if outputs else logps
 
 
@@ -84,6 +92,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         return logps, *stats.values()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         hidden, weight, targets, bias, residual, dh = ctx.saved_tensors
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
@@ -95,7 +104,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         dw = db = None
         # The kept rows are one chunk: their product is accumulated inside one GEMM and rounded once.
         rest = [(a + ctx.kept, b + ctx.kept) for a, b in chunks(n - ctx.kept, v, grad.dtype, hidden.device.type)]
-        for a, b in ([(0, ctx.kept)] if ctx.kept else []) + rest:
+        for a, b in ([] if rest and not ctx.kept else [(0, ctx.kept)]) + rest:
             if b <= ctx.kept:
                 g = residual
             else:
@@ -107,8 +116,9 @@ class _LinearTokenLogps(torch.autograd.Function):
                 # Several chunks add up in float32: rounding every sum to bf16 would bias training.
                 dw = part if not rest else (part.to(grad.dtype) if dw is None else dw.add_(part))
             if needs_bias:
-                part = torch.mv(g.t().to(grad.dtype), scale[a:b, 0])
-                db = part if db is None else db.add_(part)
+                db = grad.new_zeros(v) if db is None else db
+                for i, j in chunks(b - a, v, grad.dtype, hidden.device.type):
+                    db += (g[i:j] * scale[a + i : a + j]).sum(0)
         dw = None if dw is None else dw.to(weight.dtype)
         return out_h, dw, None, None if db is None else db.to(bias.dtype), None, None, None
 

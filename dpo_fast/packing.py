@@ -87,7 +87,8 @@ class PrefixForest:
 
         share: "prefix" shares every common prefix, of responses too; "prompt" shares equal prompts and nothing of the
         completions; "none" packs the sequences one after the other.
-        Raises ValueError for an unknown `share`, no sequences, different counts, or a sequence with no token to score.
+        Raises ValueError for an unknown `share`, no sequences, different counts, an empty completion, or no token to
+        score in any sequence.
         """
         if share not in SHARE_MODES:
             raise ValueError(f"share={share!r} is not one of {', '.join(SHARE_MODES)}")
@@ -154,14 +155,20 @@ class _Builder:
     def _by_token(self, members: list[int], depth: int) -> list[list[int]]:
         return _group(members, lambda s: int(self.sequences[s][depth]))
 
+    def _next_in_prompt(self, s: int, depth: int) -> tuple[bool, int]:
+        inside = depth < self.prompt_lengths[s]
+        return inside, int(self.sequences[s][depth]) if inside else self.prompt_of[s]
+
     def _visit(self, members: list[int], depth: int, parent: int, mode: str) -> None:
         first = self.sequences[members[0]]
         if mode == "prompt":
             end = self.prompt_lengths[members[0]]
         else:
             end = min(_common_prefix(first, self.sequences[s]) for s in members)
-        groups = _group(members, self.prompt_of.__getitem__)
-        if mode == "prefix" and len(groups) > 1 and end - depth < MIN_SHARED_ACROSS_PROMPTS:
+        prompts = {self.prompt_of[s] for s in members}
+        if mode == "prefix" and len(prompts) > 1 and end - depth < MIN_SHARED_ACROSS_PROMPTS:
+            # Those that go on alike may share a longer run; a prompt's own sequences stay together.
+            groups = _group(members, lambda s: self._next_in_prompt(s, end))
             self._push([(g, depth, parent, mode) for g in groups])
             return
         going_on = [s for s in members if len(self.sequences[s]) > end]

@@ -20,7 +20,7 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, example: dict, share: str
     prompt, completions = example["prompt_ids"][-64:], [example["chosen_ids"][:32], example["rejected_ids"][:32]]
     parameter = next(model.parameters())
     forest = PrefixForest.build([prompt] * 2, completions, share=share).to(parameter.device)
-    worst = 0.0
+    differences = [torch.zeros(1, dtype=torch.float64, device=parameter.device)]
     with evaluating(model), torch.autocast(parameter.device.type, enabled=False):
         ours = forest.gather_paths(model(forest=forest)["token_logps"]).double()
         for s, completion in enumerate(completions):
@@ -33,8 +33,9 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, example: dict, share: str
                 logits = model(input_ids=ids, use_cache=False).logits[0]
             scored = int(forest.lengths[s])
             logps = logits[-scored - 1 : -1].double().log_softmax(-1)
-            theirs = logps.gather(1, ids[0, -scored:, None])[:, 0]
-            worst = max(worst, (ours[s, :scored] - theirs).abs().max().item() if scored else 0.0)
+            theirs = logps.gather(1, ids[0, ids.shape[1] - scored :, None])[:, 0]
+            differences.append((ours[s, :scored] - theirs).abs())
+    worst = torch.cat(differences).max().item()
     tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.5
     if not worst <= tolerance:
         raise RuntimeError(

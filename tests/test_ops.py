@@ -1,0 +1,459 @@
+"""`linear_token_logps` against the whole-logits reference: values, every gradient, precision, memory, refusals."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_fast import ops, reference
+from dpo_fast.ops import linear_token_logps
+
+NAMES = ("hidden", "weight", "bias")
+ALL = reference.OUTPUTS
+SHAPES = [(1, 5, 7), (13, 7, 31), (20, 8, 64), (37, 3, 101), (3, 1, 2), (5, 2, 1)]  # N, D, V
+TRANSFORMS = {
+    "plain": {},
+    "scale": {"logit_scale": 0.25},
+    "softcap": {"softcap": 3.0},
+    "temperature": {"temperature": 0.7},
+    "all": {"logit_scale": -1.5, "softcap": 2.5, "temperature": 1.9},
+}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Uninitialised memory is NaN: what an op forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def data(n, d, v, bias=True, dtype=torch.float64, seed=0, scale=1.0):
+    """Leaves, targets and the gradient of the log-probs (some rows with none, as tokens common to a pair have)."""
+    rng = torch.Generator().manual_seed(seed)
+    leaves = {
+        "hidden": scale * torch.randn(n, d, generator=rng, dtype=torch.float64),
+        "weight": torch.randn(v, d, generator=rng, dtype=torch.float64),
+        "bias": torch.randn(v, generator=rng, dtype=torch.float64),
+    }
+    if not bias:
+        del leaves["bias"]
+    targets = torch.randint(v, (n,), generator=rng)
+    grad = torch.randn(n, generator=rng, dtype=torch.float64)
+    grad[1::5] = 0
+    return {k: x.to(dtype) for k, x in leaves.items()}, targets, grad
+
+
+def run(function, leaves, targets, grad, needs=NAMES, outputs=(), **options):
+    """Log-probs, statistics and the gradients of the leaves in `needs`, all by name."""
+    leaves = {k: x.detach().requires_grad_(k in needs) for k, x in leaves.items()}
+    hidden, weight = leaves["hidden"], leaves["weight"]
+    out = function(hidden, weight, targets, bias=leaves.get("bias"), outputs=outputs, **options)
+    logps, stats = out if isinstance(out, tuple) else (out, {})
+    result = {"logps": logps, **stats}
+    wanted = [k for k in leaves if k in needs]
+    if wanted:
+        grads = torch.autograd.grad(logps, [leaves[k] for k in wanted], grad.to(logps.dtype))
+        result |= {f"d{k}": g for k, g in zip(wanted, grads, strict=True)}
+    else:
+        assert not logps.requires_grad
+    assert not any(x.requires_grad for x in stats.values())
+    return {k: x.detach() for k, x in result.items()}
+
+
+def agree(ours, theirs, rtol=1e-11):
+    """Equal within `rtol` of the largest entry (float64 sums in another order)."""
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        y = theirs[name]
+        assert x.dtype == y.dtype, name
+        assert x.shape == y.shape, name
+        if x.dtype == torch.bool:
+            assert torch.equal(x, y), name
+        else:
+            size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
+            torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * max(size, 1e-3), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def few_rows(monkeypatch, v, rows, itemsize=8):
+    """Tiles of `rows` rows; returns the workspace that keeps as many."""
+    monkeypatch.setitem(ops.TILE_BYTES, "cpu", rows * v * itemsize)
+    return rows * v * itemsize
+
+
+# ---- Values and gradients in float64 ----
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(shape, bias, transform):
+    batch = data(*shape, bias)
+    options = {**TRANSFORMS[transform], "outputs": ALL}
+    agree(run(linear_token_logps, *batch, **options), run(reference.linear_token_logps, *batch, **options))
+
+
+@pytest.mark.parametrize("needs", [n for k in range(4) for n in itertools.combinations(NAMES, k)])
+@pytest.mark.parametrize("kept_rows", [0, 6, 1000])
+def test_every_subset_of_gradients_in_chunks(monkeypatch, needs, kept_rows):
+    """Four rows a tile; no, some or all rows kept for backward."""
+    batch = data(21, 5, 33)
+    few_rows(monkeypatch, 33, 4)
+    options = {**TRANSFORMS["all"], "outputs": ALL, "needs": needs}
+    ours = run(linear_token_logps, *batch, workspace_bytes=kept_rows * 33 * 8 + 7, **options)
+    agree(ours, run(reference.linear_token_logps, *batch, **options))
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight"), NAMES])
+@pytest.mark.parametrize("tile", [1, 100])
+def test_a_tile_smaller_than_a_row(monkeypatch, needs, tile):
+    batch = data(5, 3, 17)
+    monkeypatch.setitem(ops.TILE_BYTES, "cpu", tile)
+    ours = run(linear_token_logps, *batch, needs=needs, workspace_bytes=2 * 17 * 8)
+    agree(ours, run(reference.linear_token_logps, *batch, needs=needs))
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+@pytest.mark.parametrize("transform", ["plain", "all"])
+def test_gradcheck(monkeypatch, needs, transform):
+    leaves, targets, _ = data(4, 3, 6)
+    few_rows(monkeypatch, 6, 3)
+    leaves = {k: x.requires_grad_(k in needs) for k, x in leaves.items()}
+
+    def function(hidden, weight, bias):
+        options = {**TRANSFORMS[transform], "workspace_bytes": 2 * 6 * 8}
+        return linear_token_logps(hidden, weight, targets, bias=bias, **options)
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_output_alone(name):
+    batch = data(9, 4, 15)
+    for options in TRANSFORMS.values():
+        ours = run(linear_token_logps, *batch, outputs=(name,), **options)
+        agree(ours, run(reference.linear_token_logps, *batch, outputs=(name,), **options))
+    assert (ours[name].dtype == torch.bool) == (name == "is_top1")
+
+
+def test_outputs_do_not_change_the_gradients():
+    batch = data(9, 4, 15)
+    for needs in (("hidden",), NAMES):
+        bare, full = (run(linear_token_logps, *batch, needs=needs, outputs=o) for o in ((), ALL))
+        assert all(torch.equal(bare[k], full[k]) for k in bare)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+def test_non_contiguous_input(needs):
+    leaves, targets, grad = data(12, 6, 19)
+    strided = {
+        "hidden": leaves["hidden"].t().contiguous().t(),
+        "weight": leaves["weight"].repeat_interleave(2, dim=1)[:, ::2],
+        "bias": leaves["bias"].repeat_interleave(3)[::3],
+    }
+    assert not any(x.is_contiguous() for x in strided.values())
+    spread = targets.repeat_interleave(2)[::2]
+    agree(
+        run(linear_token_logps, strided, spread, grad, needs=needs, outputs=ALL),
+        run(reference.linear_token_logps, leaves, targets, grad, needs=needs, outputs=ALL),
+    )
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+def test_one_hidden_row_repeated_and_a_scalar_gradient(needs):
+    """An expanded input, and the expanded gradient that `sum()` hands back."""
+    leaves, targets, _ = data(1, 6, 19)
+    targets = torch.arange(8)
+    results = []
+    for function in (linear_token_logps, reference.linear_token_logps):
+        x = {k: v.clone().requires_grad_(k in needs) for k, v in leaves.items()}
+        out = function(x["hidden"].expand(8, 6), x["weight"], targets, bias=x["bias"])
+        logps = out[0] if isinstance(out, tuple) else out
+        (logps.sum() * -3.0).backward()
+        results.append({"logps": logps.detach(), **{k: x[k].grad for k in needs}})
+    agree(*results)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+@pytest.mark.parametrize("kept_rows", [0, 5, 50])
+def test_same_bits_twice(monkeypatch, needs, kept_rows):
+    batch = data(23, 8, 65, dtype=torch.float32)
+    few_rows(monkeypatch, 65, 4, 4)
+    one, two = (
+        run(linear_token_logps, *batch, needs=needs, outputs=ALL, workspace_bytes=kept_rows * 65 * 4) for _ in range(2)
+    )
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+def test_backward_may_run_again(needs):
+    leaves, targets, grad = data(9, 4, 15)
+    leaves = {k: x.requires_grad_(k in needs) for k, x in leaves.items()}
+    wanted = [leaves[k] for k in needs]
+    options = {"bias": leaves["bias"], "workspace_bytes": 4 * 15 * 8}
+    logps = linear_token_logps(leaves["hidden"], leaves["weight"], targets, **options)
+    first = torch.autograd.grad(logps, wanted, grad, retain_graph=True)
+    second = torch.autograd.grad(logps, wanted, 2 * grad)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+def test_a_second_derivative_is_refused(needs):
+    leaves, targets, _ = data(4, 3, 6)
+    leaves = {k: x.requires_grad_(k in needs) for k, x in leaves.items()}
+    logps = linear_token_logps(leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"])
+    (g,) = torch.autograd.grad(logps.square().sum(), leaves["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+# ---- Extremes ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_peaked_and_extreme_logits(dtype):
+    """Logits up to thousands: the target has probability 1, or 1e-300 and less."""
+    leaves, targets, grad = data(16, 5, 21, dtype=dtype, scale=1000.0)
+    truth = {k: x.double() for k, x in leaves.items()}
+    options = {"outputs": ALL}
+    top = reference.linear_token_logps(truth["hidden"], truth["weight"], targets, bias=truth["bias"])[0]
+    assert top.min() < -1000
+    targets[:8] = (truth["hidden"] @ truth["weight"].T + truth["bias"]).argmax(-1)[:8]
+    ours = run(linear_token_logps, leaves, targets, grad, **options)
+    exact = run(reference.linear_token_logps, truth, targets, grad, **options)
+    assert ours["is_top1"][:8].all()
+    assert all(x.isfinite().all() for x in ours.values())
+    # A logit of 5000 has an error of 3e-4 in float32, which is the error of its log-prob and its probability.
+    agree(
+        {k: v if v.dtype == torch.bool else v.double() for k, v in ours.items()},
+        exact,
+        rtol=1e-12 if dtype == torch.float64 else 1e-3,
+    )
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_words_masked_by_an_infinite_bias(needs, transform):
+    leaves, targets, grad = data(8, 4, 11)
+    leaves["bias"][[2, 5]] = -math.inf
+    targets[:] = torch.tensor([0, 1, 3, 4, 6, 7, 8, 2])  # the last target is masked itself
+    options = {**TRANSFORMS[transform], "needs": needs, "outputs": ALL}
+    if options.get("logit_scale", 1.0) < 0:
+        options["logit_scale"] *= -1
+    ours = run(linear_token_logps, leaves, targets, grad, **options)
+    agree(ours, run(reference.linear_token_logps, leaves, targets, grad, **options))
+    assert ours["entropy"].isfinite().all()
+    assert not any(x.isnan().any() for x in ours.values())
+    if "softcap" not in TRANSFORMS[transform]:
+        assert ours["logps"][-1] == -math.inf
+        assert ours["mean_logits"].eq(-math.inf).all()
+
+
+def test_no_rows():
+    batch = data(0, 4, 9)
+    agree(run(linear_token_logps, *batch, outputs=ALL), run(reference.linear_token_logps, *batch, outputs=ALL))
+
+
+# ---- Half and single precision: at most twice plain torch's own error, plus a floor ----
+
+
+def errors(result, exact):
+    out = {}
+    for name, x in result.items():
+        if x.dtype != torch.bool:
+            out[name] = ((x.double() - exact[name]).abs().max() / exact[name].abs().max()).item()
+    return out
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES])
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize("kept_rows", [0, 10, 1000])
+@pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
+def test_precision(monkeypatch, dtype, floor, kept_rows, transform, needs):
+    leaves, targets, grad = data(64, 32, 257, dtype=dtype)
+    few_rows(monkeypatch, 257, 9, 4)
+    options = {**TRANSFORMS[transform], "needs": needs, "outputs": ALL}
+    exact = run(reference.linear_token_logps, {k: x.double() for k, x in leaves.items()}, targets, grad, **options)
+    plain = errors(run(reference.linear_token_logps, leaves, targets, grad, **options), exact)
+    kept = kept_rows * 257 * dtype.itemsize
+    ours = run(linear_token_logps, leaves, targets, grad, workspace_bytes=kept, **options)
+    assert ours["logps"].dtype == torch.float32
+    assert all(ours[f"d{k}"].dtype == dtype for k in needs)
+    for name, error in errors(ours, exact).items():
+        assert error <= 2 * plain[name] + floor, (name, error, plain[name])
+
+
+def test_gradients_of_many_chunks_are_summed_in_float32(monkeypatch):
+    """A bf16 head, 512 chunks: sums rounded to bf16 would lose a third of the gradient."""
+    leaves, targets, _ = data(512, 4, 9, dtype=torch.bfloat16)
+    leaves["hidden"][:] = 1.0
+    targets[:] = 3
+    few_rows(monkeypatch, 9, 1, 4)
+    grad = torch.ones(512)
+    exact = run(reference.linear_token_logps, {k: x.double() for k, x in leaves.items()}, targets, grad)
+    ours = run(linear_token_logps, leaves, targets, grad, workspace_bytes=0)
+    assert errors(ours, exact)["dweight"] < 2**-8
+    assert errors(ours, exact)["dbias"] < 2**-8
+
+
+@pytest.mark.parametrize("needs", [(), ("hidden",), NAMES])
+def test_autocast_runs_the_head_in_bf16_and_the_rest_in_fp32(needs):
+    leaves, targets, grad = data(20, 16, 65, dtype=torch.float32)
+    half = {k: x.bfloat16() for k, x in leaves.items()}
+    leaves["bias"] = half["bias"].float()
+    options = {"needs": needs, "outputs": ALL, "temperature": 0.9}
+    plain = run(linear_token_logps, half, targets, grad, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # Backward inside the context too, where some loops call it.
+        cast = run(linear_token_logps, leaves, targets, grad, **options)
+        mixed = run(linear_token_logps, {**leaves, "hidden": half["hidden"]}, targets, grad, **options)
+    for result in (cast, mixed):
+        assert all(result[k].dtype == torch.float32 for k in result if k not in ("is_top1", "dhidden"))
+        assert all(torch.equal(result[k], plain[k].to(result[k].dtype)) for k in plain if k != "dbias")
+        if "bias" in needs:
+            # The gradient of a float32 bias is not rounded to bf16.
+            torch.testing.assert_close(result["dbias"], plain["dbias"].float(), rtol=2**-8, atol=1e-6)
+
+
+# ---- Memory ----
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any call returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+N, D, V, ROWS = 96, 4, 64, 8
+
+
+def largest(monkeypatch, function, dtype=torch.float64, grad_mode=True, **options):
+    few_rows(monkeypatch, V, ROWS, torch.promote_types(dtype, torch.float32).itemsize)
+    batch = data(N, D, V, dtype=dtype)
+    if not grad_mode:
+        leaves, targets, _ = batch
+        leaves = {k: x.requires_grad_() for k, x in leaves.items()}
+        with Largest() as mode, torch.no_grad():
+            function(leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], **options)
+        return mode.numel
+    with Largest() as mode:
+        run(function, *batch, **options)
+    return mode.numel
+
+
+def test_a_frozen_head_never_holds_more_than_a_tile(monkeypatch):
+    assert largest(monkeypatch, reference.linear_token_logps, needs=("hidden",)) == N * V
+    for transform in TRANSFORMS.values():
+        assert largest(monkeypatch, linear_token_logps, needs=("hidden",), outputs=ALL, **transform) == ROWS * V
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("kept_rows", "rows"), [(0, ROWS), (3 * ROWS, 3 * ROWS), (ROWS + 3, ROWS + 3)])
+def test_a_trained_head_keeps_no_more_than_the_workspace(monkeypatch, dtype, kept_rows, rows):
+    kept = kept_rows * V * dtype.itemsize
+    numel = largest(monkeypatch, linear_token_logps, dtype, workspace_bytes=kept, needs=NAMES, outputs=ALL)
+    assert numel == rows * V
+
+
+def test_the_bias_gradient_makes_no_wide_copy_of_the_workspace(monkeypatch):
+    """bf16 rows in the workspace, their float32 copies a tile at a time."""
+    widest = 0
+
+    class Wide(Largest):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal widest
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                widest = max(widest, out.numel())
+            return out
+
+    few_rows(monkeypatch, V, ROWS, 4)
+    batch = data(N, D, V, dtype=torch.bfloat16)
+    with Wide():
+        run(linear_token_logps, *batch)
+    assert widest == ROWS * V
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    """A trainable model under no_grad (evaluation, reference log-probs) needs no workspace."""
+    assert largest(monkeypatch, linear_token_logps, grad_mode=False) == ROWS * V
+
+
+def test_chunks_tile_the_rows(monkeypatch):
+    monkeypatch.setitem(ops.TILE_BYTES, "cpu", 4 * 10 * 8)
+    assert ops.chunks(10, 10, torch.float64, "cpu") == [(0, 4), (4, 8), (8, 10)]
+    assert ops.chunks(10, 10, torch.float64, "cpu", boundary=5) == [(0, 4), (4, 5), (5, 9), (9, 10)]
+    assert ops.chunks(10, 10, torch.float64, "cpu", boundary=99) == [(0, 4), (4, 8), (8, 10)]
+    assert ops.chunks(2, 1000, torch.float64, "cpu") == [(0, 1), (1, 2)]
+    assert ops.chunks(0, 10, torch.float64, "cpu") == []
+
+
+# ---- Refusals ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(1, 4, 3)}, r"hidden must be \[N, D\]"),
+        ({"weight": torch.zeros(6, 2)}, r"got \(4, 3\) and \(6, 2\)"),
+        ({"weight": torch.zeros(6)}, r"weight \[V, D\]"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, r"targets must be int64 \[4\]"),
+        ({"targets": torch.zeros(4, dtype=torch.int32)}, "got torch.int32"),
+        ({"targets": torch.tensor([0, 1, 2, 6])}, r"targets lie in \[0, 6\], outside the vocabulary \[0, 6\)"),
+        ({"targets": torch.tensor([0, 1, 2, -100])}, r"targets lie in \[-100, 2\]"),
+        ({"bias": torch.zeros(5)}, r"bias must be \[6\]"),
+        ({"softcap": 0.0}, "softcap must be above 0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": -1.0}, "temperature must be above 0"),
+        ({"outputs": ("entropy", "perplexity")}, r"outputs \['perplexity'\] are not among entropy, "),
+        ({"outputs": "entropy"}, "are not among entropy"),
+        ({"weight": torch.zeros(6, 3, dtype=torch.bfloat16)}, "cast one of them"),
+    ],
+)
+def test_refusals(change, message):
+    call = {"hidden": torch.zeros(4, 3), "weight": torch.zeros(6, 3), "targets": torch.tensor([0, 1, 2, 5])}
+    assert linear_token_logps(**call).shape == (4,)
+    with pytest.raises(ValueError, match=message):
+        linear_token_logps(**{**call, **change})
+
+
+# ---- The reference itself, against torch ----
+
+
+def test_reference_token_logps():
+    logits = torch.randn(3, 4, 7, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(7, (3, 4))
+    targets[0, 1] = targets[2] = -100
+    ours = reference.token_logps(logits, targets, temperature=0.8)
+    theirs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2) / 0.8, targets, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    assert ours[targets == -100].eq(0).all()
+    (g,) = torch.autograd.grad(ours.sum(), logits)
+    assert g[targets == -100].eq(0).all()
+
+
+def test_reference_statistics_are_those_of_a_distribution():
+    leaves, targets, _ = data(6, 4, 9)
+    options = {"logit_scale": 0.5, "softcap": 2.0, "temperature": 1.3, "outputs": ALL}
+    logps, stats = reference.linear_token_logps(leaves["hidden"], leaves["weight"], targets, **options)
+    logits = 2 * torch.tanh(leaves["hidden"] @ leaves["weight"].T * 0.5 / 2)
+    q = torch.distributions.Categorical(logits=logits / 1.3)
+    torch.testing.assert_close(logps, q.log_prob(targets))
+    torch.testing.assert_close(stats["entropy"], q.entropy())
+    torch.testing.assert_close(stats["log_sum_sq_probs"], q.probs.square().sum(-1).log())
+    torch.testing.assert_close(stats["mean_logits"], logits.mean(-1))
+    assert torch.equal(stats["is_top1"], logits.argmax(-1) == targets)
