@@ -278,7 +278,9 @@ def _summary(before: dict | None, after: dict | None, speed: dict, steps: int) -
     parts = []
     if before and after:
         accuracy, margin = "eval_rewards/accuracies", "eval_rewards/margins"
-        parts.append(f"held-out reward accuracy {before[accuracy]:.1%} -> {after[accuracy]:.1%}")
+        # Where policy and reference are still equal, only rounding decides which reward is larger.
+        started = "" if abs(before[margin]) < 0.02 else f"{before[accuracy]:.1%} -> "
+        parts.append(f"held-out reward accuracy {started}{after[accuracy]:.1%}")
         parts.append(f"margin {before[margin]:.3f} -> {after[margin]:.3f}")
     parts.append(f"step {steps} reached in {speed['seconds']:.1f} s")
     parts.append(f"{speed['pairs_per_second']:.1f} pairs/s")

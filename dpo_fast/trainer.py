@@ -179,9 +179,10 @@ class DPOTrainer(Trainer):
         """The micro-batches of one optimizer step, and the totals that its gradient is a mean over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         parts = [part for batch in batches for part in batch["parts"]]
-        counts = [0.0] * 4
+        counts = [0.0] * 5
         for part in parts:
-            mine = (part.pairs, part.chosen_tokens, part.forest.num_tokens, part.forest.rows)
+            forest = part.forest
+            mine = (part.pairs, part.chosen_tokens, forest.num_tokens, forest.rows, forest.targets.numel())
             counts = [a + b for a, b in zip(counts, mine, strict=True)]
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device))
