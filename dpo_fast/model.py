@@ -101,7 +101,7 @@ def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
     if hasattr(head, "base_layer"):
         raise ValueError(
             f"the output layer carries an adapter ({type(head).__name__}) that would be left out: take it from PEFT's "
-            "target_modules and name it in modules_to_save to train it"
+            "target_modules"
         )
     return head
 

@@ -16,6 +16,7 @@ class PairDataset(Dataset):
 
     def __init__(self, examples: list[dict]):
         self.examples = [{**example, "index": i} for i, example in enumerate(examples)]
+        self.computed = False  # whether the reference log-probs are ours, of one model, and not the user's
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -30,23 +31,31 @@ class PairDataset(Dataset):
 
     def set_reference(self, values) -> None:
         """Attach reference log-probs [len(self), 2] (chosen, rejected)."""
+        self.computed = True
         for example, (chosen, rejected) in zip(self.examples, values.tolist(), strict=True):
             example["ref_chosen_logps"], example["ref_rejected_logps"] = chosen, rejected
 
 
-def prepare(rows, tokenizer, args, vocab_size: int | None, name: str) -> PairDataset:
-    """`rows` (datasets.Dataset, list of mappings, `Pairs`, `TokenizedPairs` or `PairDataset`) as a PairDataset.
+def prepare(rows, tokenizer, args, vocab_size: int | None, name: str, share: str | None = None) -> PairDataset:
+    """`rows` (datasets.Dataset, list of mappings, `Pairs`, `TokenizedPairs` or `PairDataset`) as a new PairDataset.
 
-    Raises ValueError for rows that cannot be used, for none left, and for a pair larger than max_tokens_per_batch.
+    `share` is what the model can share (default: what was asked for). Raises ValueError for rows that cannot be used,
+    for none left, for a token outside the vocabulary, and for a pair larger than max_tokens_per_batch.
     """
-    if isinstance(rows, PairDataset):
-        return rows
     examples = getattr(rows, "examples", None)
+    if isinstance(rows, PairDataset) and rows.computed:
+        # Of another model, maybe: what it is now comes out of the cache.
+        examples = [{key: e[key] for key in _IDS} for e in examples]
     if examples is None:
         examples = _tokenize(rows, tokenizer, args, vocab_size, name)
     if not examples:
         raise ValueError(f"no usable pair is left in the {name} data: see what was dropped above")
-    check_fits(examples, args.share, args.max_tokens_per_batch)
+    if vocab_size is not None:
+        for i, example in enumerate(examples):
+            worst = max(max(example[key], default=0) for key in _IDS)
+            if worst >= vocab_size or min(min(example[key], default=0) for key in _IDS) < 0:
+                raise ValueError(f"{name} row {i} has a token id outside the model's vocabulary [0, {vocab_size})")
+    check_fits(examples, share or args.share, args.max_tokens_per_batch)
     return PairDataset(examples)
 
 

@@ -16,6 +16,7 @@ writers, so the folder must be on a file system that has it (local disks, NFSv4,
 
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import struct
@@ -71,7 +72,18 @@ def weights_fingerprint(model: torch.nn.Module, *, skip: Callable[[str], bool] |
     if config is not None:
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         total.update(json.dumps(_without_volatile(config), sort_keys=True, default=str).encode())
+    else:
+        # What such a module computes is in its code and in what it prints of itself.
+        total.update(f"{model!r}\n{_source(type(model))}".encode())
     return total.hexdigest()
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        # Written interactively: a new key for every process, so that nothing stale is ever read.
+        return f"{kind.__module__}.{kind.__qualname__} in process {os.getpid()}"
 
 
 def _bytes_digest(tensor: torch.Tensor) -> str:

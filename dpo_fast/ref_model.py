@@ -36,6 +36,10 @@ def choose(args, model, ref_model, sharded: bool, adapters: bool) -> str:
         wanted = not adapters and not args.sync_ref_model
     if wanted:
         return CACHED
+    if args.ref_cache_dir or args.precompute_ref_batch_size:
+        raise ValueError(
+            "ref_cache_dir and precompute_ref_batch_size have no effect: nothing is precomputed in this run"
+        )
     if adapters and ref_model is None:
         return ADAPTER
     if sharded:
@@ -102,7 +106,13 @@ def precompute(trainer, model, examples, name: str) -> np.ndarray:
     )
     batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
     where = next(model.parameters()).device
-    model.to(device)
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the reference pass needs the whole model on one accelerator: fill the cache (ref_cache_dir) on a larger "
+            "one, or train adapters (use_peft)"
+        ) from error
     with bar:
         compute_missing(cache, mine, batch_size, compute, progress=lambda done, _: bar.update(done - bar.n))
     model.to(where)
@@ -111,7 +121,7 @@ def precompute(trainer, model, examples, name: str) -> np.ndarray:
         cache = RefCache(cache.path.parent, **cache.header)
     values, missing = cache.lookup(examples)
     if missing:
-        raise RuntimeError(
+        raise ValueError(
             f"{len(missing)} reference log-probs of other ranks are not in {cache.path}: put ref_cache_dir on a file "
             "system that all ranks share"
         )

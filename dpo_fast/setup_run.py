@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DPOConfig
 from .losses import LOSSES
 from .model import Plan, base_model, has_aux_loss, prepare_model, restore_model
 from .prepare import PairDataset, prepare
-from .ref_model import MODEL, choose, frozen_copy
+from .ref_model import ADAPTER, CACHED, MODEL, choose, frozen_copy
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ class Setup:
     share: str  # what is shared, "none" where the model cannot
     reference: str  # see ref_model.py
     foreign_reference: bool  # the reference was passed in: it may differ from the policy at the start
-    keep_reference: bool  # the reference stays in memory after its log-probs were computed
     aux_coef: float
     token_mean: bool  # a loss is a mean over chosen tokens
     loss_options: dict[str, Any]
@@ -43,6 +43,8 @@ class Setup:
 
 def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows, eval_rows) -> Setup:
     """Load, wrap and check. Raises ValueError for what cannot work together."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("ZeRO-3 partitions the weights before they can be checked: use ZeRO-2 or fsdp")
     set_seed(args.seed)  # adapters start at random
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
     model = load_model(model, args)
@@ -51,6 +53,11 @@ def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows
         tokenizer = load_tokenizer(name, args)
     reference = choose(args, model, ref_model, is_sharded(args), adapters=peft_config is not None)
     foreign = ref_model is not None
+    if reference in (ADAPTER, CACHED) and not foreign and has_trained_adapters(model):
+        raise ValueError(
+            "the model's adapters are already trained, so the base model under them is not its reference: merge them "
+            "(merge_and_unload) and pass peft_config, or pass ref_model"
+        )
     if ref_model is None and reference == MODEL:
         ref_model = frozen_copy(model)
     model = add_adapters(model, peft_config)
@@ -72,20 +79,19 @@ def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows
     head = base_model(model).get_output_embeddings()
     vocab_size = head.weight.shape[0]
     datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
-    prepared = {k: prepare(v, tokenizer, args, vocab_size, k) for k, v in datasets.items() if v is not None}
+    prepared = {k: prepare(v, tokenizer, args, vocab_size, k, share) for k, v in datasets.items() if v is not None}
     return Setup(
         model=model,
         ref_model=ref_model,
         plan=plan,
         tokenizer=tokenizer,
         adapters=hasattr(model, "disable_adapter"),
-        train_dataset=None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train"),
+        train_dataset=None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share),
         eval_dataset=prepared if isinstance(eval_rows, dict) else prepared.get("eval"),
         vocab_size=vocab_size,
         share=share,
         reference=reference,
         foreign_reference=foreign,
-        keep_reference=foreign and not args.precompute_ref_log_probs,
         aux_coef=aux_coefficient(model, args),
         token_mean=any(LOSSES[n].token_mean for n in args.loss_type),
         loss_options={
@@ -147,6 +153,13 @@ def add_adapters(model, peft_config):
             "adapters on the head are not supported: leave lm_head out of the target modules and modules_to_save"
         )
     return model
+
+
+def has_trained_adapters(model: torch.nn.Module) -> bool:
+    """Whether LoRA's second factor, which starts at zero, is something else by now."""
+    return hasattr(model, "disable_adapter") and any(
+        "lora_B" in name and bool(p.any()) for name, p in model.named_parameters()
+    )
 
 
 def no_dropout(model: torch.nn.Module) -> None:

@@ -236,6 +236,8 @@ def _train(script, args, model_args, tokenizer, data, resume, say) -> None:
     trainer.train(resume_from_checkpoint=resume)
     speed = trainer._speed.totals()
     after = _final_metrics(trainer) if "eval" in data else None
+    if trainer.is_fsdp_enabled:  # accelerate's default for FSDP2 would leave the weights in shards
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(args.output_dir)
     say(f"saved the model and its tokenizer to {args.output_dir}")
     say(_summary(before, after, speed, trainer.state.global_step))

@@ -20,7 +20,7 @@ from .losses import preference_loss, wpo_weights
 from .model import prepare_model
 from .optim import MasterWeights
 from .prepare import PairDataset, prepare
-from .ref_model import CACHED, NONE, SyncRefModelCallback, as_reference, precompute, sequence_logps
+from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, as_reference, precompute, sequence_logps
 from .setup_run import set_up
 from .speed import Speed
 from .verify import check_start, verify_sharing
@@ -87,6 +87,11 @@ class DPOTrainer(Trainer):
             raise ValueError("several GPUs need one process each: start with `accelerate launch` or `torchrun`")
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError("fsdp has no effect: accelerate shards over several accelerators only")
+        if args.max_tokens_per_batch is not None and self.setup.aux_coef:
+            raise ValueError(
+                "max_tokens_per_batch would change the auxiliary loss of a mixture of experts, which is no sum over "
+                "pairs: set router_aux_loss_coef=0, or lower per_device_train_batch_size"
+            )
         if args.max_tokens_per_batch is not None and self.is_deepspeed_enabled:
             raise ValueError(
                 "max_tokens_per_batch splits batches, which DeepSpeed's engine counts itself: leave it out"
@@ -94,7 +99,8 @@ class DPOTrainer(Trainer):
         self.statistics = metrics.STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
         self.ref_model = self.setup.ref_model
         if self.ref_model is not None:
-            self.ref_model.to(self.accelerator.device)
+            if self.setup.reference == MODEL:  # else it is moved to the device for the reference pass only
+                self.ref_model.to(self.accelerator.device)
             prepare_model(self.ref_model)
             if args.sync_ref_model:
                 alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
@@ -109,8 +115,6 @@ class DPOTrainer(Trainer):
             self.eval_dataset = {k: self._with_reference(v, k) for k, v in self.eval_dataset.items()}
         else:
             self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
-        if self.setup.reference == CACHED and not self.setup.keep_reference:
-            self.ref_model = None
 
     # Data.
 
@@ -127,7 +131,9 @@ class DPOTrainer(Trainer):
                     "the reference of these rows cannot be computed any more, since the model has been trained: pass "
                     "them as eval_dataset at construction, or set precompute_ref_log_probs=False"
                 )
-            data = prepare(eval_dataset, self.setup.tokenizer, self.args, self.setup.vocab_size, metric_key_prefix)
+            data = prepare(
+                eval_dataset, self.setup.tokenizer, self.args, self.setup.vocab_size, metric_key_prefix, self.share
+            )
             eval_dataset = self._with_reference(data, metric_key_prefix)
         self._verify()
         with self._speed.paused():
@@ -166,10 +172,15 @@ class DPOTrainer(Trainer):
         return loss, metrics.pair_table(forest, out, result, delta, aux)
 
     def _reference_logps(self, part: Part) -> torch.Tensor | None:
-        if self.setup.reference in (NONE, CACHED):
+        if self.setup.reference == NONE:
+            return None
+        if self.setup.reference == CACHED:
+            if part.ref_logps is None:
+                raise ValueError("these pairs have no reference log-probs: pass them to DPOTrainer, or as rows")
             return part.ref_logps
         model = self.ref_model or self.model_wrapped
-        with as_reference(model, self.ref_model is None), self.compute_loss_context_manager():
+        # The policy's autocast is inside accelerate's wrapper, which a second model does not have.
+        with as_reference(model, self.ref_model is None), self.accelerator.autocast():
             token_logps = model(forest=part.forest)["token_logps"]
         return sequence_logps(part.forest, token_logps, self.args.ld_alpha)
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def verify_sharing(model: torch.nn.Module, plan: Plan, example: dict, share: str) -> float:
     """Largest difference of a token's log-prob, shared against the model's own forward, on a slice of one pair (nats).
 
-    The slice is at most 64 prompt and 32 completion tokens. Raises RuntimeError where the two disagree.
+    The slice is at most 64 prompt and 32 completion tokens. Raises ValueError where the two disagree.
     """
     model = base_model(model)
     prompt, completions = example["prompt_ids"][-64:], [example["chosen_ids"][:32], example["rejected_ids"][:32]]
@@ -38,7 +38,7 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, example: dict, share: str
     worst = torch.cat(differences).max().item()
     tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.5
     if not worst <= tolerance:
-        raise RuntimeError(
+        raise ValueError(
             f"verification failed: a token's log-prob differs by {worst:.3g} nats between share={share!r} and the "
             f"model's own forward ({plan.path} path). Train with --share none, and please report the model"
         )

@@ -581,7 +581,7 @@ def test_verify_sharing_finds_sabotage(monkeypatch):
         return real(query, key, value, forest, scale, *rest)
 
     monkeypatch.setattr(attention, "block_attention", blind)
-    with pytest.raises(RuntimeError, match=r"verification failed: a token's log-prob differs by .* share='prefix'"):
+    with pytest.raises(ValueError, match=r"verification failed: a token's log-prob differs by .* share='prefix'"):
         verify.verify_sharing(model, plan, EXAMPLE, "prefix")
     monkeypatch.setattr(attention, "block_attention", real)
     forward = model.forward
@@ -593,11 +593,11 @@ def test_verify_sharing_finds_sabotage(monkeypatch):
         return out
 
     model.forward = one_token_off
-    with pytest.raises(RuntimeError, match=r"differs by 0\.002 nats"):
+    with pytest.raises(ValueError, match=r"differs by 0\.002 nats"):
         verify.verify_sharing(model, plan, EXAMPLE, "prefix")
     model.forward = forward
     monkeypatch.setattr(attention, "block_attention", lambda *args: real(*args) * float("nan"))
-    with pytest.raises(RuntimeError, match="differs by nan"):
+    with pytest.raises(ValueError, match="differs by nan"):
         verify.verify_sharing(model, plan, EXAMPLE, "prefix")
 
 

@@ -227,6 +227,55 @@ def test_lora_reference_is_the_base_model(tmp_path):
     assert runs["adapter"] == pytest.approx(runs["cached"], rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["online", "sync", "passed in"])
+def test_a_second_model_computes_in_the_precision_of_the_policy(tmp_path, mode):
+    """bf16: the policy's autocast is inside its wrapper, and the reference must not run in float32 beside it."""
+    options = {"online": {"precompute_ref_log_probs": False}, "sync": {"sync_ref_model": True, "ref_cache_dir": None}}
+    options["passed in"] = options["online"]
+    model = tiny.llama(dtype=torch.float32)
+    given = {"trainer_options": {"ref_model": copy.deepcopy(model)}} if mode == "passed in" else {}
+    trainer = train(tmp_path, model, tiny.pairs(8), bf16=True, **options[mode], **given)
+    logs = trainer.state.log_history[0]
+    assert logs["rewards/margins"] == 0.0
+    assert logs["rewards/chosen"] == 0.0
+
+
+def test_trained_adapters_are_no_reference(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    DPOTrainer(model, args=config(tmp_path, ref_cache_dir=None), train_dataset=tiny.pairs(4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        DPOTrainer(model, args=config(tmp_path, ref_cache_dir=None), train_dataset=tiny.pairs(4))
+
+
+def test_pairs_of_another_run_get_a_reference_of_their_own(tmp_path):
+    first = DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=tiny.pairs(8))
+    trainer = train(tmp_path, tiny.llama(seed=1), first.train_dataset)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    train(tmp_path, tiny.llama(), first.train_dataset, loss_type=["simpo"])
+
+
+def test_pairs_without_a_reference_are_not_taken_for_a_uniform_one(tmp_path):
+    from dpo_fast.prepare import PairDataset
+
+    trainer = DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=tiny.pairs(4))
+    with pytest.raises(ValueError, match="no reference log-probs"):
+        trainer.evaluate(PairDataset(tiny.pairs(2, seed=5)))
+
+
+def test_what_cannot_work_is_said_before_a_step(tmp_path):
+    bad = [*tiny.pairs(2), {"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [tiny.VOCABULARY]}]
+    with pytest.raises(ValueError, match="row 2 has a token id outside"):
+        DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=bad)
+    with pytest.raises(ValueError, match="raise it to"):
+        DPOTrainer(tiny.llama(), args=config(tmp_path, max_tokens_per_batch=5), train_dataset=tiny.pairs(4))
+    with pytest.raises(ValueError, match="nothing is precomputed"):
+        DPOTrainer(tiny.llama(), args=config(tmp_path, sync_ref_model=True), train_dataset=tiny.pairs(4))
+
+
 def test_adapters_on_the_head_are_refused(tmp_path):
     peft = pytest.importorskip("peft")
     for options in (
@@ -235,7 +284,7 @@ def test_adapters_on_the_head_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match="lm_head"):
             DPOTrainer(
-                tiny.llama(), args=config(tmp_path), train_dataset=tiny.pairs(4),
+                tiny.llama(), args=config(tmp_path, ref_cache_dir=None), train_dataset=tiny.pairs(4),
                 peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **options),
             )  # fmt: skip
 
@@ -320,6 +369,8 @@ def test_moe_auxiliary_loss_is_trained_and_logged(tmp_path):
     logs = trainer.state.log_history[0]
     assert logs["aux_loss"] > 0
     assert logs["loss"] == pytest.approx(math.log(2) + 0.5 * logs["aux_loss"], abs=1e-4)
+    with pytest.raises(ValueError, match="auxiliary loss of a mixture"):
+        DPOTrainer(model, args=config(tmp_path, max_tokens_per_batch=60), train_dataset=tiny.pairs(4))
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
         DPOTrainer(tiny.llama(), args=config(tmp_path, router_aux_loss_coef=0.1), train_dataset=tiny.pairs(4))
 
