@@ -152,7 +152,7 @@ def test_verify_sharing():
     model = Forgetful().double()
     model.load_state_dict(build().state_dict())
     plan = prepare_model(model)
-    with pytest.raises(RuntimeError, match="verification failed"):
+    with pytest.raises(ValueError, match="verification failed"):
         verify.verify_sharing(model, plan, example, "prefix")
 
 
