@@ -1,12 +1,40 @@
-"""For every test: GPU tests skip where there is no GPU, and tiny models run on one thread, where they are fastest."""
+"""For every test: GPU tests skip where there is no GPU, and tiny models run on one thread, where they are fastest.
+
+`pytest --benchmark` runs the suites in bench/ instead of the tests; without it none of them is collected.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-torch.set_num_threads(1)
+BENCH = Path(__file__).parent / "bench"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--benchmark", action="store_true", help="run the benchmark suites in bench/ instead of the tests")
+
+
+def pytest_configure(config):
+    if not config.getoption("--benchmark"):
+        torch.set_num_threads(1)
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(BENCH)]
+    # Reasons of skipped rows are part of the comparison.
+    config.option.reportchars += "s"
+
+
+def pytest_ignore_collect(collection_path, config):
+    if BENCH in (collection_path, *collection_path.parents) and not config.getoption("--benchmark"):
+        return True
+
+
+def pytest_collection_modifyitems(items, config):
+    if not config.getoption("--benchmark"):
+        items[:] = [item for item in items if BENCH not in item.path.parents]  # a file given by name is not ignored
     if torch.cuda.is_available():
         return
     for item in items:

@@ -14,14 +14,10 @@ steps (a run pays it once, for each pair once). One JSON file with everything go
 """
 
 import argparse
-import contextlib
-import datetime
 import gc
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from bench.common import ROOT, conditions
 
 
 def synthetic(folder: Path) -> tuple[str, list[dict]]:
@@ -196,30 +192,6 @@ def measure(task: str, args, device: str, folder: Path) -> list[dict]:
     return out
 
 
-def versions() -> dict:
-    import importlib.metadata as metadata
-
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "trl", "accelerate", "peft", "dpo_fast"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        return f"{names[0]}, {torch.get_num_threads()} threads"
-    return platform.processor()
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", default=["synthetic", "oasst"], choices=["synthetic", "oasst"])
@@ -238,10 +210,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(task, args, device, Path(folder))
-    result = {
-        "device": device_name(device), "dtype": args.dtype, "versions": versions(), "commit": commit(),
-        "date": datetime.date.today().isoformat(), "command": " ".join(["python -m bench.train", *sys.argv[1:]]), "rows": rows,
-    }  # fmt: skip
+    result = {**conditions(device, "bench.train"), "dtype": args.dtype, "rows": rows}
     path = ROOT / "bench/results" / f"train_{device}_{args.dtype}_{'_'.join(args.task)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

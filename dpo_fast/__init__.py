@@ -1,18 +1,36 @@
 """dpo_fast: the fastest exact trainer for preference pairs (Direct Preference Optimization, arXiv 2305.18290)."""
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .losses import PreferenceOutput, preference_loss
-from .ops import linear_token_logps
+from .ops import dpo_loss, linear_dpo_loss, linear_token_logps, sequence_logps, token_logps
 from .packing import PrefixForest
 
 if TYPE_CHECKING:
     from .config import DPOConfig
     from .trainer import DPOTrainer
 
+# In a checkout kernels/ lies beside the package; installed, inside of it. Never both: a folder beside an installed
+# package may be somebody else's kernels.
+_root = Path(__file__).resolve().parent.parent
+if not (_root / "dpo_fast" / "kernels").is_dir() and (_root / "pyproject.toml").is_file():
+    __path__.append(str(_root))
+
 __version__ = "0.1.0"
-__all__ = ["DPOConfig", "DPOTrainer", "PreferenceOutput", "PrefixForest", "linear_token_logps", "preference_loss"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "PreferenceOutput",
+    "PrefixForest",
+    "dpo_loss",
+    "linear_dpo_loss",
+    "linear_token_logps",
+    "preference_loss",
+    "sequence_logps",
+    "token_logps",
+]
 
 # Names that need the extra [train]; importing dpo_fast needs torch and numpy alone.
 _TRAIN = {"DPOConfig": "config", "DPOTrainer": "trainer"}

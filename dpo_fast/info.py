@@ -13,16 +13,9 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .ops import BACKENDS
+from .backends import available_backends
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "peft", "datasets", "safetensors", "trl")
-# All that there are or will be.
-_NAMES = ("torch", "triton", "csrc")
-
-
-def available_backends() -> dict[str, str | None]:
-    """Each back end of the head: None where it can be used, else why it cannot."""
-    return {name: None if name in BACKENDS else "not part of this version" for name in _NAMES}
 
 
 def versions() -> dict[str, str]:

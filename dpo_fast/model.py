@@ -143,7 +143,9 @@ def read_head(config) -> Head:
     return Head(scale, next(filter(None, softcaps), None))
 
 
-def prepare_model(model: torch.nn.Module, *, workspace_bytes: int = WORKSPACE_BYTES) -> Plan:
+def prepare_model(
+    model: torch.nn.Module, *, workspace_bytes: int = WORKSPACE_BYTES, backend: str | None = None
+) -> Plan:
     """Give the bare model `model(forest=..., outputs=...)`; ordinary calls go on as before. Undo with `restore_model`.
 
     The forest call returns a dict: `token_logps` [N], the statistics named in `outputs` [N], and `aux_loss` of a
@@ -156,14 +158,14 @@ def prepare_model(model: torch.nn.Module, *, workspace_bytes: int = WORKSPACE_BY
         return model._dpo_fast["plan"]
     plan = plan_model(model)
     expected = None if plan.path == "segments" or _is_virtual(model) else _own_logps(model)
-    _install(model, plan, workspace_bytes)
+    _install(model, plan, workspace_bytes, backend)
     if expected is None:
         return plan
     problem = _probe(model, plan, expected)
     if problem and plan.path == "shared":
         restore_model(model)
         plan = dataclasses.replace(plan, path="padded", share=False, obstacle=problem)
-        _install(model, plan, workspace_bytes)
+        _install(model, plan, workspace_bytes, backend)
         problem = _probe(model, plan, expected)
     if problem:
         restore_model(model)
@@ -214,7 +216,7 @@ def _probe(model, plan: Plan, expected: torch.Tensor) -> str | None:
     return None if error <= tolerance else f"log-probs differ by {error:.3g} from the model's own"
 
 
-def _install(model, plan: Plan, workspace_bytes: int) -> None:
+def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> None:
     saved = {"plan": plan, "forward": model.__dict__.get("forward")}
     original = model.forward
     own = getattr(original, "__func__", None)
@@ -241,6 +243,7 @@ def _install(model, plan: Plan, workspace_bytes: int) -> None:
             softcap=plan.head.softcap,
             outputs=tuple(outputs),
             workspace_bytes=workspace_bytes,
+            backend=backend,
         )
         result = {"token_logps": logps[0], **logps[1]} if outputs else {"token_logps": logps}
         if aux_loss:

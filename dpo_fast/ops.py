@@ -1,204 +1,345 @@
-"""The head and the log-probs of target tokens in one op that never holds the whole [N, V] logits.
+"""The public ops: token log-probs and preference losses, from logits or from hidden states and the output layer.
 
-The gradient of a log-prob with respect to its logits is `onehot - softmax`, times one number a row that the loss decides
-later. A row scale commutes with both matrix products of the backward pass, so the products can start before it is known:
+    token_logps         logits in, a log-prob a token out
+    sequence_logps      logits in, a log-prob a sequence out
+    dpo_loss            logits in, loss and gradient in one pass
+    linear_token_logps  hidden states in, a log-prob a token out; the [N, V] logits never exist
+    linear_dpo_loss     hidden states in, loss and gradients in one pass
 
-    frozen head      2 GEMMs: logits, then dH = (onehot - softmax) W, kept unscaled until backward multiplies its rows
-    trainable head   3 GEMMs: logits, dH and dW from `onehot - softmax` kept in a bounded workspace
-                     4 GEMMs for the rows past the workspace: their logits are computed again
+What is here: signatures, checks of shapes, and which op runs. The ops are torch.library ops (logits_ops.py, head_ops.py)
+that work under torch.compile(fullgraph=True); the rows are computed by a back end (backends.py).
+
+Every op takes `backend` (None: the fastest that is there) and `debug` (True: values are checked on a GPU too, which
+waits for the device). On the CPU values are always checked. Rows whose target is `ignore_index` count nothing and their
+gradient is 0. Padded batches of pairs hold 2B sequences, the B chosen first, then the B rejected in the same order;
+packed ones are flat rows with `cu_seqlens`, int32 [2B + 1] from 0 to N, on the device of the rows or on the CPU.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from . import reference
+from . import checks, head_ops, logits_ops
+from .backends import BACKENDS
+from .head_ops import WORKSPACE_BYTES
+from .library import unstacked, with_gradients
+from .losses import LOSSES, PreferenceOutput, preference_loss, reference_free, validate_loss_options
+from .reference import TILE_BYTES, chunks
+from .sequences import LOSS_OPTIONS, loss_names, pack_loss, row_period, scored_lengths
 
-# Of the head; the fastest that is there is the default.
-BACKENDS = ("torch",)
-# Logits of one chunk of rows: on a CPU about what the last-level cache holds.
-TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-WORKSPACE_BYTES = 1 << 30
+__all__ = [
+    "BACKENDS",
+    "TILE_BYTES",
+    "WORKSPACE_BYTES",
+    "chunks",
+    "dpo_loss",
+    "linear_dpo_loss",
+    "linear_token_logps",
+    "sequence_logps",
+    "token_logps",
+]
 
-_STATISTICS = reference.OUTPUTS
+
+def token_logps(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = (),
+    backend: str | None = None,
+    debug: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-prob of each target: `logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]`, 0 where ignored.
+
+    logits [N, V] or [S, T, V], of any strides (a slice such as `logits[:, :-1]` is not copied), targets [N] or [S, T]
+    int64. The logits are multiplied by `logit_scale`, soft-capped (`softcap * tanh(x / softcap)`) and divided by
+    `temperature`, in that order. Returns the shape of targets in float32 (float64 for float64 logits), in nats; with
+    `outputs`, also a dict of the named statistics, which carry no gradient: `entropy` (nats), `mean_logits` (over the
+    vocabulary, before the temperature), `is_top1`, `log_sum_sq_probs`; 0 where ignored.
+
+    Memory: the gradient, in the type and shape of logits, exists only once backward has run.
+    Raises ValueError for shapes, types and devices that do not fit, and for a target outside [0, V).
+    """
+    checks.check_logits(logits, targets)
+    checks.check_transform(logit_scale, softcap, temperature, outputs)
+    options = ignore_index, float(logit_scale), softcap, float(temperature), ",".join(outputs), backend or "", debug
+    logps, _, stats = logits_ops.token_logps(logits, targets, *options)
+    return (logps, unstacked(stats, outputs)) if outputs else logps
+
+
+def sequence_logps(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+    debug: bool = False,
+) -> Tensor:
+    """Log-prob of each sequence: `token_logps(logits, targets).sum(-1)`, with `average` divided by its scored tokens.
+
+    Padded logits [S, T, V] with targets [S, T], or packed [N, V] with [N] and `cu_seqlens` [S + 1]. Returns [S]; a
+    sequence without a scored token has 0. The rest as in `token_logps`.
+    """
+    checks.check_sequences(logits, "logits", cu_seqlens)
+    transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    logps = token_logps(logits, targets, ignore_index=ignore_index, backend=backend, debug=debug, **transform)
+    summed = _summed(logps, cu_seqlens, debug)
+    return summed / _lengths(targets, cu_seqlens, ignore_index).clamp(min=1) if average else summed
+
+
+def dpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    loss_type: str | list[str] = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    pair_weights: Tensor | None = None,
+    mean_chosen_length: Tensor | float | None = None,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    backend: str | None = None,
+    debug: bool = False,
+    **options,
+) -> PreferenceOutput:
+    """The preference loss of a batch of logits and its gradient, in one pass over the logits. It equals
+
+        logps = sequence_logps(logits, targets, cu_seqlens=cu_seqlens)
+        preference_loss(*logps.chunk(2), *ref_logps.chunk(2), loss_type=loss_type, ...)
+
+    Args:
+        logits, targets: padded [2B, T, V] and [2B, T], or packed [N, V] and [N] with `cu_seqlens` [2B + 1].
+        ref_logps: [2B], log-probs of the sequences under the reference; None: they count as zero.
+        inplace: the gradient overwrites logits, which saves their size in memory; nothing else may need their values
+            afterwards. Without a gradient to take (under no_grad) they stay as they are.
+        loss_type, beta, label_smoothing, pair_weights, mean_chosen_length and the options f_divergence_type,
+            f_alpha_divergence_coef, discopop_tau, simpo_gamma and loss_weights: as in `preference_loss`. Lengths are
+            counted in targets.
+
+    Only `loss` carries a gradient. It is computed in the forward pass (float16 without inplace: in backward, where the
+    loss scale is known) and backward multiplies it in place: backward can run once.
+
+    Raises ValueError for shapes, types, devices and options that do not fit.
+    """
+    checks.check_logits(logits, targets)
+    count = checks.check_sequences(logits, "logits", cu_seqlens, pairs=True)
+    options = _loss_options(loss_type, beta, label_smoothing, options)
+    _check_pairs(options, ref_logps, pair_weights, mean_chosen_length, count, logits.device)
+    ref_logps, pair_weights = _detached(ref_logps, pair_weights)
+    batch = targets, cu_seqlens, ignore_index
+    needs = torch.is_grad_enabled() and logits.requires_grad
+    if inplace:
+        fits = logits.stride(-1) == 1 and (logits.ndim == 2 or row_period(logits) == logits.shape[1])
+        checks.require(
+            fits,
+            f"inplace=True needs logits whose rows follow each other, got strides {logits.stride()}: use inplace=False",
+        )
+    if not needs or (logits.dtype == torch.float16 and not inplace):
+        logps = sequence_logps(
+            logits, targets, cu_seqlens=cu_seqlens, ignore_index=ignore_index, backend=backend, debug=debug
+        )
+        return _from_logps(logps, batch, ref_logps, pair_weights, mean_chosen_length, options)
+    values = logits.detach()
+    given = cu_seqlens, ref_logps, pair_weights, _as_tensor(mean_chosen_length, logits)
+    settings = *pack_loss(options), ignore_index, backend or "", debug
+    if inplace:
+        loss, losses, logps = logits_ops.dpo_loss_(values, targets, *given, *settings)
+        gradient = values
+    else:
+        loss, losses, logps, gradient = logits_ops.dpo_loss(values, targets, *given, *settings)
+    loss = with_gradients(loss, [logits], [gradient], backend or "")
+    return _output(loss, losses, logps, batch, ref_logps, options)
 
 
 def linear_token_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
     workspace_bytes: int = WORKSPACE_BYTES,
-) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    backend: str | None = None,
+    debug: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-prob of each target under a linear head: `F.linear(hidden, weight, bias).log_softmax(-1)[arange(N), targets]`.
 
-    hidden [N, D], weight [V, D], targets [N] int64, bias [V]. The logits are multiplied by `logit_scale`, soft-capped
-    (`softcap * tanh(x / softcap)`) and divided by `temperature`, in that order. Returns [N] in float32 (float64 for
-    float64 input), in nats; with `outputs`, also a dict of the named statistics [N], which carry no gradient: `entropy`
-    (nats), `mean_logits` (over the vocabulary, before the temperature), `is_top1`, `log_sum_sq_probs`.
-    `workspace_bytes` bounds what is kept for backward when the head is trained; past it logits are computed again.
-    Under autocast the head runs in autocast's type, as `nn.Linear` does.
-    Raises ValueError for shapes that do not fit, an unknown output, or (on the CPU) a target outside [0, V).
+    hidden [N, D], weight [V, D], targets [N] int64 (none ignored), bias [V]. `logit_scale`, `softcap`, `temperature`,
+    `outputs` and what comes back are those of `token_logps`. `workspace_bytes` bounds what is kept for backward when
+    the head is trained; past it logits are computed again. Under autocast the head runs in autocast's type, as
+    `nn.Linear` does.
+    Raises ValueError for shapes that do not fit, an unknown output, or a target outside [0, V).
     """
-    _check(hidden, weight, targets, bias, softcap, temperature, outputs)
+    checks.check_head(hidden, weight, bias)
+    checks.check_targets_like(targets, hidden, "hidden")
+    checks.check_transform(logit_scale, softcap, temperature, outputs)
+    hidden, weight = _head_types(hidden, weight)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    keep = "residual" if trained else "dh" if hidden.requires_grad else ""
+    logps, stats, _, _ = head_ops.linear_token_logps(
+        hidden,
+        weight,
+        targets,
+        bias,
+        float(logit_scale),
+        softcap,
+        float(temperature),
+        ",".join(outputs),
+        keep if torch.is_grad_enabled() else "",
+        workspace_bytes,
+        backend or "",
+        debug,
+    )
+    return (logps, unstacked(stats, outputs)) if outputs else logps
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    loss_type: str | list[str] = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    pair_weights: Tensor | None = None,
+    mean_chosen_length: Tensor | float | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
+    debug: bool = False,
+    **options,
+) -> PreferenceOutput:
+    """`dpo_loss(F.linear(hidden, weight, bias), targets, ...)` that never holds the logits, with all its gradients.
+
+    Args:
+        hidden, targets: padded [2B, T, D] and [2B, T], or packed [N, D] and [N] with `cu_seqlens` [2B + 1]. On a GPU
+            rows with an ignored target cost what the others cost: leave them out.
+        weight, bias: [V, D] and [V]. Frozen: two GEMMs, any length. Trained: three where whole pairs fit
+            `workspace_bytes`; a pair that does not fit has some of its logits computed again, and so have the rows past
+            it where `cu_seqlens` is on a GPU (give it on the CPU: to read it would be a wait).
+        logit_scale, softcap: as in `token_logps`. The rest as in `dpo_loss`.
+
+    Only `loss` carries a gradient, computed in the forward pass; backward multiplies it in place and can run once. In
+    float16, and for losses over the whole batch (aot, aot_unpaired), the gradient is that of `linear_token_logps`.
+
+    Raises ValueError for shapes, types, devices and options that do not fit.
+    """
+    checks.check_head(hidden, weight, bias, (2, 3))
+    checks.check_targets_like(targets, hidden, "hidden")
+    count = checks.check_sequences(hidden, "hidden", cu_seqlens, pairs=True)
+    checks.check_transform(logit_scale, softcap, 1.0)
+    options = _loss_options(loss_type, beta, label_smoothing, options)
+    _check_pairs(options, ref_logps, pair_weights, mean_chosen_length, count, hidden.device)
+    ref_logps, pair_weights = _detached(ref_logps, pair_weights)
+    batch = targets, cu_seqlens, ignore_index
+    hidden, weight = _head_types(hidden, weight)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    rows, flat, bounds = hidden, targets, cu_seqlens
+    if cu_seqlens is None:
+        rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        bounds = torch.arange(count + 1, dtype=torch.int32) * hidden.shape[1]
+    over_batch = any(LOSSES[name].over_batch for name in loss_names(options["loss_type"]))
+    if over_batch or not any(needs) or hidden.dtype == torch.float16:
+        scored = flat != ignore_index
+        transform = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "workspace_bytes": workspace_bytes}
+        safe = flat.masked_fill(~scored, 0)
+        logps = linear_token_logps(rows, weight, safe, backend=backend, debug=debug, **transform)
+        logps = torch.where(scored, logps, 0).view(targets.shape)
+        logps = _summed(logps, cu_seqlens, debug)
+        return _from_logps(logps, batch, ref_logps, pair_weights, mean_chosen_length, options)
+    values = (None if x is None else x.detach() for x in (rows, weight, flat, bias))
+    given = bounds, ref_logps, pair_weights, _as_tensor(mean_chosen_length, hidden)
+    settings = *pack_loss(options), ignore_index, needs, workspace_bytes, backend or "", debug
+    loss, losses, logps, *gradients = head_ops.linear_dpo_loss(*values, *given, float(logit_scale), softcap, *settings)
+    inputs = [x for x, need in zip((rows, weight, bias), needs, strict=True) if need]
+    gradients = [x for x, need in zip(gradients, needs, strict=True) if need]
+    loss = with_gradients(loss, inputs, gradients, backend or "")
+    return _output(loss, losses, logps, batch, ref_logps, options)
+
+
+# ---- What the ops share ----
+
+
+def _loss_options(loss_type, beta: float, label_smoothing: float, others: dict) -> dict:
+    unknown = [name for name in others if name not in LOSS_OPTIONS]
+    if unknown:
+        raise TypeError(f"{unknown} are no options of a loss: {', '.join(LOSS_OPTIONS)}")
+    fixed = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing}
+    return {**fixed, **LOSS_OPTIONS, **others}
+
+
+def _check_pairs(options: dict, ref_logps, pair_weights, mean_chosen_length, count: int, device) -> None:
+    validate_loss_options(pair_weights=pair_weights is not None, **options)
+    checks.check_per_sequence("ref_logps", ref_logps, count, device)
+    checks.check_per_sequence("pair_weights", pair_weights, count // 2, device)
+    number = mean_chosen_length is None or isinstance(mean_chosen_length, Tensor) or mean_chosen_length > 0
+    checks.require(number, f"mean_chosen_length is {mean_chosen_length}: give a number above 0")
+    useless = ref_logps is not None and reference_free(options["loss_type"])
+    checks.require(not useless, f"loss_type {options['loss_type']!r} takes no ref_logps: leave them out")
+
+
+def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.detach() for x in tensors]
+
+
+def _as_tensor(number: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if number is None or isinstance(number, Tensor):
+        return number
+    return torch.full((), number, dtype=torch.float64, device=like.device)
+
+
+def _head_types(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    elif hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them")
-    if not torch.is_grad_enabled():
-        # autograd.Function asks what requires a gradient, not whether one will be taken: nothing is to be kept.
-        hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
-    # What follows the head's products is float32: autocast would run the statistics in its own type.
-    with torch.autocast(device, enabled=False):
-        logps, *stats = _LinearTokenLogps.apply(
-            hidden, weight, targets, bias, (logit_scale, softcap, temperature), tuple(outputs), workspace_bytes
-        )
-    return (logps, dict(zip(outputs, stats, strict=True))) if outputs else logps
+        return hidden.to(dtype), weight.to(dtype)
+    same = hidden.dtype == weight.dtype
+    checks.require(same, f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them")
+    return hidden, weight
 
 
-class _LinearTokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, transform, outputs, workspace_bytes):
-        n, v = hidden.shape[0], weight.shape[0]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.empty(n, dtype=wide, device=hidden.device)
-        stats = {name: torch.empty(n, dtype=wide, device=hidden.device) for name in outputs}
-        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
-        trained = needs_weight or needs_bias
-        # Rows whose residual `softmax - onehot` is kept for backward; a frozen head needs none of it.
-        kept = min(n, workspace_bytes // (v * hidden.element_size())) if trained else 0
-        residual = hidden.new_empty(kept, v)
-        dh = torch.empty_like(hidden) if needs_hidden and not trained else None
-        for a, b in chunks(n, v, wide, hidden.device.type, kept):
-            tile = _row_pass(hidden[a:b], weight, targets[a:b], bias, transform)
-            logps[a:b] = tile.logps
-            for name in outputs:
-                stats[name][a:b] = tile.statistic(name, hidden[a:b], weight, bias)
-            if dh is not None:
-                torch.mm(tile.residual(hidden.dtype), weight, out=dh[a:b])
-            elif b <= kept:
-                residual[a:b] = tile.residual(hidden.dtype)
-        ctx.transform, ctx.kept = transform, kept
-        ctx.save_for_backward(hidden, weight, targets, bias, residual, dh)
-        if "is_top1" in stats:
-            stats["is_top1"] = stats["is_top1"].bool()
-        ctx.mark_non_differentiable(*stats.values())
-        return logps, *stats.values()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        hidden, weight, targets, bias, residual, dh = ctx.saved_tensors
-        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
-        scale = -grad[:, None]  # the residual is softmax - onehot
-        if dh is not None:
-            return (dh * scale).to(hidden.dtype), *[None] * 6
-        n, v = hidden.shape[0], weight.shape[0]
-        out_h = torch.empty_like(hidden) if needs_hidden else None
-        dw = db = None
-        # The kept rows are one chunk: their product is accumulated inside one GEMM and rounded once.
-        rest = [(a + ctx.kept, b + ctx.kept) for a, b in chunks(n - ctx.kept, v, grad.dtype, hidden.device.type)]
-        for a, b in ([] if rest and not ctx.kept else [(0, ctx.kept)]) + rest:
-            if b <= ctx.kept:
-                g = residual
-            else:
-                g = _row_pass(hidden[a:b], weight, targets[a:b], bias, ctx.transform).residual(hidden.dtype)
-            if needs_hidden:
-                out_h[a:b] = torch.mm(g, weight) * scale[a:b]
-            if needs_weight:
-                part = torch.mm(g.t(), (hidden[a:b] * scale[a:b]).to(hidden.dtype))
-                # Several chunks add up in float32: rounding every sum to bf16 would bias training.
-                dw = part if not rest else (part.to(grad.dtype) if dw is None else dw.add_(part))
-            if needs_bias:
-                db = grad.new_zeros(v) if db is None else db
-                for i, j in chunks(b - a, v, grad.dtype, hidden.device.type):
-                    db += (g[i:j] * scale[a + i : a + j]).sum(0)
-        dw = None if dw is None else dw.to(weight.dtype)
-        return out_h, dw, None, None if db is None else db.to(bias.dtype), None, None, None
+def _summed(logps: Tensor, cu_seqlens: Tensor | None, debug: bool) -> Tensor:
+    """Token log-probs [S, T] or [N] -> [S]."""
+    return logps.sum(-1) if cu_seqlens is None else logits_ops.sequence_sums(logps, cu_seqlens, debug)
 
 
-class _row_pass:  # noqa: N801 - a function that keeps its tile
-    """Logits of a chunk of rows and what is read off them."""
-
-    def __init__(self, hidden, weight, targets, bias, transform):
-        self.targets, (self.scale, self.softcap, self.temperature) = targets, transform
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        raw = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
-        self.capped = None
-        logits = reference.transform_logits(raw.to(wide), self.scale, self.softcap)
-        if self.softcap is not None:
-            self.capped = logits / self.softcap
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
-        self.log_probs = torch.log_softmax(logits, dim=-1)
-        self.mean_logits = logits.mean(-1) * self.temperature if self.softcap is not None else None
-        self.logps = self.log_probs.gather(-1, targets[:, None])[:, 0]
-        self.probs = None
-
-    def _probs(self):
-        if self.probs is None:
-            self.probs = self.log_probs.exp()
-        return self.probs
-
-    def statistic(self, name, hidden, weight, bias):
-        if name == "entropy":
-            # A masked word has log-prob -inf and probability 0; their product is 0.
-            floor = torch.finfo(self.log_probs.dtype).min
-            return -torch.linalg.vecdot(self._probs(), self.log_probs.clamp_min_(floor))
-        if name == "is_top1":
-            return self.logps >= self.log_probs.amax(-1)
-        if name == "log_sum_sq_probs":
-            return torch.linalg.vecdot(self._probs(), self._probs()).log()
-        if self.softcap is not None:
-            return self.mean_logits
-        # The mean over the vocabulary is linear in the weights: one matrix-vector product instead of a pass.
-        wide = self.logps.dtype
-        mean = hidden.to(wide) @ weight.mean(0, dtype=wide)
-        return (mean if bias is None else mean + bias.to(wide).mean()) * self.scale
-
-    def residual(self, dtype):
-        """`d(-logps) / d(raw logits)`, [rows, V] in the matrix products' type."""
-        g = self._probs()
-        g[torch.arange(len(g), device=g.device), self.targets] -= 1
-        self.probs = None
-        if self.softcap is not None:
-            g = g * (1 - self.capped**2)
-        factor = self.scale / self.temperature
-        return (g if factor == 1.0 else g.mul_(factor)).to(dtype)
+def _lengths(targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """Scored tokens of each sequence [S]."""
+    cu_rows = None if cu_seqlens is None else cu_seqlens.to(targets.device, non_blocking=True)
+    return scored_lengths(targets, ignore_index, cu_rows)
 
 
-def chunks(n: int, v: int, dtype: torch.dtype, device: str, boundary: int = 0) -> list[tuple[int, int]]:
-    """Row ranges whose [rows, V] tile fits TILE_BYTES, none across `boundary`."""
-    rows = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (v * dtype.itemsize))
-    parts = []
-    for start, end in ((0, min(boundary, n)), (min(boundary, n), n)):
-        parts += [(a, min(a + rows, end)) for a in range(start, end, rows)]
-    return parts
+def _from_logps(logps, batch, ref_logps, pair_weights, mean_chosen_length, options) -> PreferenceOutput:
+    """The loss of [2B] log-probs by way of autograd; only `loss` keeps its gradient, as elsewhere."""
+    chosen, rejected = _lengths(*batch).chunk(2)
+    lengths = {"chosen_lengths": chosen, "rejected_lengths": rejected, "mean_chosen_length": mean_chosen_length}
+    references = (None, None) if ref_logps is None else ref_logps.chunk(2)
+    out = preference_loss(*logps.chunk(2), *references, pair_weights=pair_weights, validate=False, **lengths, **options)
+    rest = out.chosen_logps, out.rejected_logps, out.chosen_rewards, out.rejected_rewards
+    return PreferenceOutput(out.loss, out.losses.detach(), *rest)
 
 
-def _check(hidden, weight, targets, bias, softcap, temperature, outputs) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [N, D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 [{hidden.shape[0]}], got {targets.dtype} {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    unknown = set(outputs) - set(_STATISTICS)
-    if unknown:
-        raise ValueError(f"outputs {sorted(unknown)} are not among {', '.join(_STATISTICS)}")
-    if not targets.is_cuda and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"targets lie in [{low}, {high}], outside the vocabulary [0, {weight.shape[0]})")
+def _output(loss, losses, logps, batch, ref_logps, options) -> PreferenceOutput:
+    """Rewards as in `preference_loss`: beta * (logp - ref_logp), or beta * logp / length."""
+    names = loss_names(options["loss_type"])
+    rewards = logps if ref_logps is None else logps - ref_logps.to(logps.dtype)
+    if reference_free(names) and any(LOSSES[name].average_rewards for name in names):
+        rewards = logps / _lengths(*batch).clamp(min=1)
+    return PreferenceOutput(loss, losses, *logps.chunk(2), *(options["beta"] * rewards).chunk(2))

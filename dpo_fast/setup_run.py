@@ -65,7 +65,7 @@ def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows
         if args.disable_dropout:
             no_dropout(module)
     ref_model = ref_model.requires_grad_(False).eval() if ref_model is not None else None
-    plan = prepare_model(model)
+    plan = prepare_model(model, backend=args.backend)
     share = args.share
     if not plan.share and share != "none":
         share = "none"

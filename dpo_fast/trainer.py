@@ -101,7 +101,7 @@ class DPOTrainer(Trainer):
         if self.ref_model is not None:
             if self.setup.reference == MODEL:  # else it is moved to the device for the reference pass only
                 self.ref_model.to(self.accelerator.device)
-            prepare_model(self.ref_model)
+            prepare_model(self.ref_model, backend=args.backend)
             if args.sync_ref_model:
                 alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
                 self.add_callback(SyncRefModelCallback(self.ref_model, alpha, steps))

@@ -1,0 +1,46 @@
+"""What every benchmark states beside its numbers: device, versions, commit and date."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "accelerate", "peft", "dpo_fast",
+)  # fmt: skip
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        return f"{names[0]}, {torch.get_num_threads()} threads"
+    return platform.processor()
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def conditions(device: str, module: str) -> dict:
+    """The head of a result file."""
+    return {
+        "device": device_name(device), "versions": versions(), "commit": commit(),
+        "date": datetime.date.today().isoformat(), "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+    }  # fmt: skip

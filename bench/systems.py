@@ -1,0 +1,340 @@
+"""What is measured: batches, ops with the work they cannot avoid, and systems: dpo_fast, plain torch and the peers.
+
+A system is a row of SYSTEMS: a loader that returns a function an op, or raises _MissingError with what to install. An op is a
+row of OPS. `run` takes any of them through the same steps, so a benchmark is a loop over two tables.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dpo_fast
+from dpo_fast.backends import BACKENDS, resolve
+
+BETA = 0.1
+FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}  # STYLE.md: twice plain torch's own error plus this
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One measured piece of work; `grads` names the inputs whose gradient is part of it."""
+
+    function: str
+    grads: tuple[str, ...] = ()
+    reads: int = 0  # of the scored rows of the logits
+    writes: int = 0  # of all rows of the logits: ignored ones get a zero
+    gemms: int = 0  # of 2 N D V operations each
+
+
+OPS = {
+    "token_logps": Op("token_logps", reads=1),
+    "token_logps + gradient": Op("token_logps", ("logits",), reads=2, writes=1),
+    "sequence_logps": Op("sequence_logps", reads=1),
+    "dpo_loss + gradient": Op("dpo_loss", ("logits",), reads=2, writes=1),
+    "linear_token_logps": Op("linear_token_logps", gemms=1),
+    "linear_token_logps + gradient, frozen head": Op("linear_token_logps", ("hidden",), gemms=2),
+    "linear_token_logps + gradient, trained head": Op("linear_token_logps", ("hidden", "weight"), gemms=3),
+    "linear_dpo_loss + gradient, frozen head": Op("linear_dpo_loss", ("hidden",), gemms=2),
+    "linear_dpo_loss + gradient, trained head": Op("linear_dpo_loss", ("hidden", "weight"), gemms=3),
+}
+# What torch.compile is tried on: each takes it seconds to compile at every size.
+COMPILED = ("token_logps", "dpo_loss + gradient", "linear_token_logps", "linear_dpo_loss + gradient, trained head")
+
+
+@dataclasses.dataclass
+class Batch:
+    """2B sequences of T rows, part of each its prompt. Hidden-in ops get the live rows, as the trainer gives them."""
+
+    targets: Tensor  # [2B, T], -100 in prompts
+    logits: Tensor | None = None  # [2B, T, V]
+    padded: Tensor | None = None  # [2B, T, D], for systems that take prompt rows through the head too
+    hidden: Tensor | None = None  # [N, D], its live rows
+    weight: Tensor | None = None  # [V, D]
+    live_targets: Tensor | None = None  # [N]
+    cu_seqlens: Tensor | None = None  # [2B + 1], on the CPU
+    segments: Tensor | None = None  # [N], which sequence a row is of
+    upstream: Tensor | None = None  # gradient of the token log-probs
+
+    @property
+    def scored(self) -> int:
+        return int((self.targets != -100).sum())
+
+    def cast(self, dtype: torch.dtype, grads: tuple[str, ...] = ()) -> "Batch":
+        """The same numbers in `dtype` (shared where it is theirs), `grads` as leaves that need a gradient."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            x = getattr(self, field.name)
+            if x is not None and x.is_floating_point():
+                changed[field.name] = x.detach().to(dtype).requires_grad_(field.name in grads)
+        return dataclasses.replace(self, **changed)
+
+
+def make_batch(op: Op, pairs, t, d, v, dtype, device, *, live=0.5, seed=0) -> Batch:
+    """Random batch for `op`: completions of random length, `live` of all rows scored (exactly for 0.5 and 1).
+
+    Logits have a standard deviation of 2, so that the softmax has peaks.
+    """
+    rng = torch.Generator(device).manual_seed(seed)
+    random = functools.partial(torch.randn, generator=rng, device=device, dtype=dtype)
+    host = torch.Generator().manual_seed(seed)
+    lengths = torch.full((2 * pairs,), t)
+    if live < 1:
+        # What one side of a pair has more than its share, the other has less.
+        extra = torch.randint(-t // 4, t // 4 + 1, (pairs,), generator=host)
+        lengths = int(live * t) + torch.cat([extra, -extra])
+    targets = torch.randint(v, (2 * pairs, t), generator=host)
+    targets[torch.arange(t) < t - lengths[:, None]] = -100
+    batch = Batch(targets.to(device))
+    if not op.gemms:
+        batch.logits = random(2 * pairs, t, v).mul_(2)
+        batch.upstream = torch.randn(2 * pairs, t, generator=rng, device=device)
+        return batch
+    keep = batch.targets != -100
+    batch.padded = random(2 * pairs, t, d)
+    batch.weight = random(v, d).mul_(2 / d**0.5)
+    batch.hidden, batch.live_targets = batch.padded[keep], batch.targets[keep]
+    batch.cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    batch.segments = torch.repeat_interleave(torch.arange(2 * pairs), lengths).to(device)
+    batch.upstream = torch.randn(len(batch.hidden), generator=rng, device=device)
+    return batch
+
+
+# ---- Plain torch ----
+
+
+def plain_token_logps(logits, targets):
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scored = targets != -100
+    picked = wide.log_softmax(-1).gather(-1, targets.masked_fill(~scored, 0)[..., None])[..., 0]
+    return torch.where(scored, picked, 0)
+
+
+def plain_loss(logps):
+    """[2B] log-probs of sequences -> sigmoid loss without a reference."""
+    chosen, rejected = logps.chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def plain_linear_token_logps(hidden, weight, targets):
+    return plain_token_logps(F.linear(hidden, weight), targets)
+
+
+def _packed_loss(token_logps: Callable) -> Callable:
+    """A linear_dpo_loss out of a system's own token log-probs."""
+
+    def loss(hidden, weight, targets, segments, count):
+        logps = token_logps(hidden, weight, targets)
+        logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
+        return plain_loss(logps.new_zeros(count).index_add(0, segments, logps))
+
+    return loss
+
+
+def _functions(wrap: Callable = lambda f: f) -> dict[str, Callable[[Batch], Tensor]]:
+    token = wrap(plain_token_logps)
+    sequence = wrap(lambda logits, targets: plain_token_logps(logits, targets).sum(-1))
+    loss = wrap(lambda logits, targets: plain_loss(plain_token_logps(logits, targets).sum(-1)))
+    return {
+        "token_logps": lambda b: token(b.logits, b.targets),
+        "sequence_logps": lambda b: sequence(b.logits, b.targets),
+        "dpo_loss": lambda b: loss(b.logits, b.targets),
+        **_head_functions(wrap(plain_linear_token_logps), wrap(_packed_loss(plain_linear_token_logps))),
+    }
+
+
+def _head_functions(token_logps: Callable, loss: Callable | None = None) -> dict[str, Callable[[Batch], Tensor]]:
+    loss = loss or _packed_loss(token_logps)
+    return {
+        "linear_token_logps": lambda b: token_logps(b.hidden, b.weight, b.live_targets),
+        "linear_dpo_loss": lambda b: loss(b.hidden, b.weight, b.live_targets, b.segments, len(b.targets)),
+    }
+
+
+# ---- dpo_fast and the peers ----
+
+
+class _MissingError(Exception):
+    """Why a system cannot be measured here, and how to get it."""
+
+
+def _dpo_fast(device: str, backend: str, inplace: bool = False) -> dict[str, Callable[[Batch], Tensor]]:
+    try:
+        resolve(backend, device)
+    except ValueError as error:
+        raise _MissingError(str(error)) from error
+    if backend == "triton" and device == "cpu":
+        raise _MissingError("Triton on a CPU is its interpreter, whose time means nothing")
+    loss = {"beta": BETA, "backend": backend}
+    if inplace:
+        return {"dpo_loss": lambda b: dpo_fast.dpo_loss(b.logits, b.targets, inplace=True, **loss).loss}
+    return {
+        "token_logps": lambda b: dpo_fast.token_logps(b.logits, b.targets, backend=backend),
+        "sequence_logps": lambda b: dpo_fast.sequence_logps(b.logits, b.targets, backend=backend),
+        "dpo_loss": lambda b: dpo_fast.dpo_loss(b.logits, b.targets, **loss).loss,
+        "linear_token_logps": lambda b: dpo_fast.linear_token_logps(
+            b.hidden, b.weight, b.live_targets, backend=backend
+        ),
+        "linear_dpo_loss": lambda b: (
+            dpo_fast.linear_dpo_loss(b.hidden, b.weight, b.live_targets, cu_seqlens=b.cu_seqlens, **loss).loss
+        ),
+    }
+
+
+@functools.cache
+def _compiler_works(device: str) -> bool:
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception:  # inductor has no common type for "there is no compiler"
+        return False
+    return True
+
+
+def _compiled(device: str) -> dict[str, Callable[[Batch], Tensor]]:
+    if not _compiler_works(device):
+        raise _MissingError("torch.compile needs a working C++ compiler here: apt-get install g++")
+    return _functions(functools.partial(torch.compile, dynamic=False))
+
+
+def _trl(device: str) -> dict[str, Callable[[Batch], Tensor]]:
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    except ImportError as error:
+        raise _MissingError(f"{error}: pip install trl==1.16.0") from error
+    # Tiles of 4096 x 32768: what TRL's DPO trainer asks for.
+    return _head_functions(lambda h, w, t: ChunkedLogProbFunction.apply(h, w, None, t, 1.0, 32768, None, 1.0, ())[0])
+
+
+def _liger(device: str) -> dict[str, Callable[[Batch], Tensor]]:
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ImportError as error:
+        raise _MissingError(f"{error}: pip install liger-kernel==0.8.5") from error
+    loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compiled=_compiler_works(device))
+    return {"linear_dpo_loss": lambda b: loss(b.weight, b.padded, b.targets)[0]}
+
+
+def _cut_cross_entropy(device: str) -> dict[str, Callable[[Batch], Tensor]]:
+    if device == "cpu":
+        raise _MissingError("its kernels need a GPU")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise _MissingError(f"{error}: pip install cut-cross-entropy==25.1.1") from error
+    return _head_functions(lambda h, w, t: -linear_cross_entropy(h, w, t, reduction="none"))
+
+
+def _torch_linear(device: str) -> dict[str, Callable[[Batch], Tensor]]:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise _MissingError("F.linear_cross_entropy came with torch 2.13: pip install -U torch")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return _head_functions(
+        lambda h, w, t: -F.linear_cross_entropy(h, w, t, reduction="none", ignore_index=-100, options=options)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A loader: device -> a function an op; `ours` are held to STYLE.md's rule, peers to be the same function at all."""
+
+    load: Callable[[str], dict[str, Callable[[Batch], Tensor]]]
+    ours: bool = False
+    hidden: str = "hidden"  # or "padded": takes prompt rows too
+    destroys: bool = False  # overwrites the logits
+    note: str = ""
+
+
+SYSTEMS = {
+    **{
+        f"dpo_fast {name}": System(functools.partial(_dpo_fast, backend=name), ours=True) for name in reversed(BACKENDS)
+    },
+    **{
+        f"dpo_fast {name}, inplace": System(
+            functools.partial(_dpo_fast, backend=name, inplace=True), ours=True, destroys=True
+        )
+        for name in reversed(BACKENDS)
+    },
+    "torch eager": System(lambda device: _functions()),
+    "torch.compile": System(_compiled),
+    "TRL ChunkedLogProb": System(_trl),
+    "Liger fused DPO": System(_liger, hidden="padded", note="prompt rows go through its head too"),
+    "Cut Cross Entropy": System(_cut_cross_entropy, note="leaves out small gradients"),
+    "F.linear_cross_entropy": System(_torch_linear),
+}
+
+
+def offers(system: str, op: str) -> bool:
+    """Whether `system` has `op`, told without importing it."""
+    function = OPS[op].function
+    if "inplace" in system:
+        return function == "dpo_loss"
+    if system == "Liger fused DPO":
+        return function == "linear_dpo_loss"
+    if system == "torch.compile":
+        return op in COMPILED
+    return function.startswith("linear") or system.startswith(("dpo_fast", "torch"))
+
+
+@functools.cache
+def load(system: str, device: str) -> dict[str, Callable[[Batch], Tensor]] | str:
+    """Its functions, or why there are none."""
+    try:
+        return SYSTEMS[system].load(device)
+    except _MissingError as error:
+        return str(error)
+
+
+def inputs_of(system: str, op: str) -> tuple[str, ...]:
+    """Names of the tensors that `op` takes the gradient of."""
+    return tuple(SYSTEMS[system].hidden if name == "hidden" else name for name in OPS[op].grads)
+
+
+def run(function: Callable[[Batch], Tensor], batch: Batch, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The value of `function` and the gradients of the tensors `names`, which need one."""
+    if not names:
+        with torch.no_grad():
+            return (function(batch),)
+    value = function(batch)
+    upstream = batch.upstream.to(value.dtype) if value.ndim else None
+    return value.detach(), *torch.autograd.grad(value, [getattr(batch, name) for name in names], upstream)
+
+
+# ---- Right first ----
+
+
+def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """Largest difference of each tensor, relative to the largest entry of the exact one; NaN counts as infinite."""
+    out = []
+    for x, y in zip(results, exact, strict=True):
+        worst = ((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-30)).item()
+        out.append(worst if worst == worst else float("inf"))
+    return out
+
+
+class Check:
+    """The exact results of one op on one batch, and plain torch's errors in its type, each computed once."""
+
+    def __init__(self, op: str, batch: Batch, dtype: torch.dtype):
+        self.op, self.batch, self.dtype = op, batch, dtype
+        function, names = _functions()[OPS[op].function], OPS[op].grads
+        self.exact = run(function, batch.cast(torch.float64, names), names)
+        self.plain = errors(run(function, batch.cast(dtype, names), names), self.exact)
+
+    def __call__(self, system: str, function: Callable[[Batch], Tensor]) -> list[float]:
+        """Its errors; AssertionError where they are too large."""
+        names = inputs_of(system, self.op)
+        batch = self.batch.cast(self.dtype, names)
+        if SYSTEMS[system].destroys:
+            batch.logits = batch.logits.detach().clone().requires_grad_()
+        results = list(run(function, batch, names))
+        if "padded" in names:
+            at = 1 + names.index("padded")
+            results[at] = results[at][batch.targets != -100]
+        found = errors(results, self.exact)
+        for error, plain in zip(found, self.plain, strict=True):
+            limit = 2 * plain + FLOORS[self.dtype] if SYSTEMS[system].ours else 0.05
+            assert error <= limit, f"{system} {self.op}: relative error {error:.2g}, at most {limit:.2g} is allowed"
+        return found

@@ -1,0 +1,60 @@
+"""Every op in every system, side by side: `pytest --benchmark`.
+
+Each result is compared with float64 before it is timed. A table an op: the number in brackets is how many times longer
+than the fastest row. On a CPU in float32, on a CUDA device in bf16 (the times then include the launch of the work; for
+the kernels alone see bench/gpu.py). Half of the rows are prompt.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from bench.systems import OPS, SYSTEMS, Check, inputs_of, load, make_batch, offers, run
+
+pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+LOGITS = {"pairs": 2, "t": 128, "d": 0, "v": 32000}  # 512 rows, 256 of them scored
+HIDDEN = {"pairs": 4, "t": 128, "d": 576, "v": 49152}  # 1024 rows, 512 of them scored
+
+
+def shape(op: str) -> str:
+    sizes = HIDDEN if OPS[op].gemms else LOGITS
+    rows = 2 * sizes["pairs"] * sizes["t"]
+    return f"{rows // 2} x {sizes['d']} x {sizes['v']}" if OPS[op].gemms else f"{rows} x {sizes['v']}"
+
+
+@functools.lru_cache(maxsize=1)  # tests of one op follow each other
+def prepared(op: str):
+    batch = make_batch(OPS[op], **(HIDDEN if OPS[op].gemms else LOGITS), dtype=DTYPE, device=DEVICE)
+    return batch, Check(op, batch, DTYPE)
+
+
+@pytest.mark.parametrize(
+    ("op", "system"),
+    [pytest.param(op, name, id=f"{name}: {op}") for op in OPS for name in SYSTEMS if offers(name, op)],
+)
+def test_op(op, system, benchmark):
+    functions = load(system, DEVICE)
+    if isinstance(functions, str):
+        pytest.skip(f"{system}: {functions}")
+    function, names = functions[OPS[op].function], inputs_of(system, op)
+    batch, check = prepared(op)
+    benchmark.extra_info["relative_errors"] = check(system, function)
+
+    def inputs():
+        fresh = batch.cast(DTYPE, names)
+        if SYSTEMS[system].destroys:
+            fresh.logits = fresh.logits.detach().clone().requires_grad_()
+        return (fresh,), {}
+
+    def step(fresh):
+        run(function, fresh, names)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{op}, {shape(op)}, {DTYPE}".replace("torch.", "")
+    benchmark.name = system
+    benchmark.pedantic(step, setup=inputs, rounds=2 if DEVICE == "cpu" else 20, warmup_rounds=1)

@@ -1,0 +1,336 @@
+"""Logits in, loss and gradient of every pair out, in one launch: 2 reads and 1 write of the live rows.
+
+    rows       logp[row] = x[target] - logsumexp(x)                             1 read
+    pair       logps = sums over each sequence's rows; loss(logps) and its two derivatives
+    gradient   out[row] = dloss/dlogps[sequence] * (onehot - softmax(x))        1 read, 1 write
+
+The grid is persistent: a program takes the next ticket from one counter until there is none. Each row has a row ticket
+and a gradient ticket. A row ticket stores its results and counts itself done; the one that completes the pair sums
+them in row order (the same bits on every run), evaluates the loss and publishes two coefficients. A gradient ticket
+waits for its pair's coefficients. They come from smaller tickets, and whoever holds a ticket is running, so there is
+no deadlock, however many programs are resident: no cooperative launch.
+
+The order of tickets is: `lead` rows, then row and gradient tickets in turn, then the gradients that are left. `lead` is
+the largest pair plus a lag of half a grid, so that a gradient ticket finds its pair done: without the lag every pair
+would end with programs that wait for its last rows.
+
+What one program writes and another reads goes through the pair's counter, an int32 in global memory. The writer:
+stores, barrier, atomic add with release at gpu scope; the reader: atomic add with acquire, barrier, loads past L1. The
+barriers (bar.sync) join the threads of a program to the one that performs the atomic; release and acquire are
+cumulative, so what any thread of the writer stored before is seen by every thread of the reader after. The completing
+row ticket does both (acq_rel). Reads and writes of the counter are all read-modify-writes, hence one release sequence:
+the last increment acquires from all the rows before it.
+
+The counters must be zero at the start: a memset of 4 (B + 1) bytes precedes the launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .logps import check_rows
+from .rows import LOG2E, reduce_row, row_blocks, row_layout, write_gradient, write_zeros
+
+# Programs an SM: what fits with eight warps of 80 registers; more would only wait for a place. Not measured yet.
+PROGRAMS_PER_SM = 3
+
+
+def program_count(device: torch.device) -> int:
+    """Programs of the persistent grid. In the interpreter the first takes all tickets in order, and waits for none."""
+    if device.type != "cuda":
+        return 2
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def _log_sigmoid(x):
+    """min(x, 0) - log(1 + z) with z = exp(-|x|); log(1 + z) = 2 atanh(z / (2 + z)) keeps its digits where z is small."""
+    z = tl.exp2(-tl.abs(x) * LOG2E)
+    w = z / (2.0 + z)
+    w2 = w * w
+    series = 1.0 / 11 + w2 * (1.0 / 13 + w2 * (1.0 / 15))
+    series = 1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * (1.0 / 9 + w2 * series))))
+    return tl.minimum(x, 0.0) - 2.0 * w * series
+
+
+@triton.jit
+def _smooth(x, e):
+    """Cross-entropy of the margin x against the label 1 - e, and its derivative."""
+    loss = -(1.0 - e) * _log_sigmoid(x) - e * _log_sigmoid(-x)
+    return loss, e * _sigmoid(x) - (1.0 - e) * _sigmoid(-x)
+
+
+# A row of the table: log-probs and reference log-probs of the chosen (w) and rejected (l) sequence, their lengths, beta,
+# label smoothing, discopop_tau, simpo_gamma -> loss, dloss/dpw, dloss/dpl. The formulas are those of losses.py.
+
+
+@triton.jit
+def _dpo(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    loss, g = _smooth(b * ((pw - rw) - (pl - rl)), e)
+    return loss, b * g, -b * g
+
+
+@triton.jit
+def _dpo_norm(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    x = b * ((pw - rw) / nw - (pl - rl) / nl)
+    g = -b * _sigmoid(-x)
+    return -_log_sigmoid(x), g / nw, -g / nl
+
+
+@triton.jit
+def _hinge(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    left = 1.0 - b * ((pw - rw) - (pl - rl))
+    g = tl.where(left > 0, -b, 0.0)
+    return tl.where(left <= 0, 0.0, left), g, -g
+
+
+@triton.jit
+def _ipo(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    z = (pw - rw) / nw - (pl - rl) / nl - 0.5 / b
+    return z * z, 2.0 * z / nw, -2.0 * z / nl
+
+
+@triton.jit
+def _exo_pair(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    x = b * ((pw - rw) - (pl - rl))
+    log_w, log_l = tl.log(1.0 - e), tl.log(e)
+    p, q = _sigmoid(x), _sigmoid(-x)
+    g = b * p * q * (x - log_w + log_l)
+    return p * (_log_sigmoid(x) - log_w) + q * (_log_sigmoid(-x) - log_l), g, -g
+
+
+@triton.jit
+def _nca_pair(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    xw, xl = b * (pw - rw), b * (pl - rl)
+    loss = -_log_sigmoid(xw) - 0.5 * _log_sigmoid(-xw) - 0.5 * _log_sigmoid(-xl)
+    return loss, b * (0.5 * _sigmoid(xw) - _sigmoid(-xw)), 0.5 * b * _sigmoid(xl)
+
+
+@triton.jit
+def _robust(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    x = b * ((pw - rw) - (pl - rl))
+    loss = (-(1.0 - e) * _log_sigmoid(x) + e * _log_sigmoid(-x)) / (1.0 - 2.0 * e)
+    g = -b * ((1.0 - e) * _sigmoid(-x) + e * _sigmoid(x)) / (1.0 - 2.0 * e)
+    return loss, g, -g
+
+
+@triton.jit
+def _bco_pair(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    xw, xl = b * (pw - rw), b * (pl - rl)
+    return -_log_sigmoid(xw) - _log_sigmoid(-xl), -b * _sigmoid(-xw), b * _sigmoid(xl)
+
+
+@triton.jit
+def _sppo_hard(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    zw, zl = (pw - rw) - 0.5 / b, (pl - rl) + 0.5 / b
+    return zw * zw + zl * zl, 2.0 * zw, 2.0 * zl
+
+
+@triton.jit
+def _apo_zero(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    xw, xl = b * (pw - rw), b * (pl - rl)
+    gw, gl = -b * _sigmoid(xw) * _sigmoid(-xw), b * _sigmoid(xl) * _sigmoid(-xl)
+    return _sigmoid(-xw) + _sigmoid(xl), gw, gl
+
+
+@triton.jit
+def _apo_down(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    xw, x = b * (pw - rw), b * ((pw - rw) - (pl - rl))
+    gl = b * _sigmoid(x) * _sigmoid(-x)
+    return _sigmoid(xw) + _sigmoid(-x), b * _sigmoid(xw) * _sigmoid(-xw) - gl, gl
+
+
+@triton.jit
+def _discopop(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    x = b * ((pw - rw) - (pl - rl))
+    ls, up, down = _log_sigmoid(x), _sigmoid(x / tau), _sigmoid(-x / tau)
+    # m exp(-x) is one exponential, flat past 80 as in losses.py.
+    exponent = _log_sigmoid(x / tau) - x
+    bump = tl.exp2(tl.minimum(exponent, 80.0) * LOG2E)
+    g = up * down * ls / tau - down * _sigmoid(-x) + tl.where(exponent <= 80.0, bump * (down / tau - 1.0), 0.0)
+    return bump - down * ls, b * g, -b * g
+
+
+@triton.jit
+def _simpo(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
+    loss, g = _smooth(b * (pw / nw - pl / nl) - gamma, e)
+    return loss, b * g / nw, -b * g / nl
+
+
+PAIR_LOSSES = {
+    "sigmoid": _dpo,
+    "sigmoid_norm": _dpo_norm,
+    "hinge": _hinge,
+    "ipo": _ipo,
+    "exo_pair": _exo_pair,
+    "nca_pair": _nca_pair,
+    "robust": _robust,
+    "bco_pair": _bco_pair,
+    "sppo_hard": _sppo_hard,
+    "apo_zero": _apo_zero,
+    "apo_down": _apo_down,
+    "discopop": _discopop,
+    "simpo": _simpo,
+}
+
+
+@triton.jit
+def _sum_sequence(row_logps_ptr, targets_ptr, bounds_ptr, ignore_index, ROWS: tl.constexpr):
+    """Sum of the log-probs of a sequence's scored rows, and how many they are (at least 1)."""
+    # Loaded again: kept since the ticket began, the bounds would cost the row loop registers.
+    first, last = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    logps = tl.zeros([ROWS], tl.float32)
+    scored = tl.zeros([ROWS], tl.int32)
+    for start in range(first, last, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        live = tl.load(targets_ptr + rows, mask=rows < last, other=ignore_index) != ignore_index
+        logps += tl.load(row_logps_ptr + rows, mask=live, other=0.0, cache_modifier=".cg")
+        scored += live.to(tl.int32)
+    return tl.sum(logps, 0), tl.maximum(tl.sum(scored, 0), 1).to(tl.float32)
+
+
+@triton.jit
+def _finish_pair(
+    pair, cu_ptr, row_logps_ptr, targets_ptr, ref_ptr, grad_scale, losses_ptr, logps_ptr, coef_ptr, B,
+    ignore_index, beta, label_smoothing, tau, gamma,
+    LOSS: tl.constexpr, HAS_REF: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Log-probs, loss and the two coefficients of a pair whose rows are done."""
+    pw, nw = _sum_sequence(row_logps_ptr, targets_ptr, cu_ptr + pair, ignore_index, ROWS)
+    pl, nl = _sum_sequence(row_logps_ptr, targets_ptr, cu_ptr + B + pair, ignore_index, ROWS)
+    rw, rl = 0.0, 0.0
+    if HAS_REF:
+        rw, rl = tl.load(ref_ptr + pair).to(tl.float32), tl.load(ref_ptr + B + pair).to(tl.float32)
+    loss, gw, gl = LOSS(pw, pl, rw, rl, nw, nl, beta, label_smoothing, tau, gamma)
+    if SCALE_IS_TENSOR:
+        grad_scale = tl.load(grad_scale).to(tl.float32)
+    tl.store(losses_ptr + pair, loss)
+    tl.store(logps_ptr + pair, pw)
+    tl.store(logps_ptr + B + pair, pl)
+    tl.store(coef_ptr + pair, gw * grad_scale)
+    tl.store(coef_ptr + B + pair, gl * grad_scale)
+
+
+@triton.jit(do_not_specialize=["stride_n", "stride_out", "N", "V", "B", "ignore_index"])
+def _dpo_kernel(
+    x_ptr, targets_ptr, cu_ptr, ref_ptr, grad_scale,
+    out_ptr, losses_ptr, logps_ptr,
+    top_ptr, log_total_ptr, row_logps_ptr, coef_ptr, counters_ptr,
+    stride_n, stride_out, N, V, B, ignore_index, beta, label_smoothing, tau, gamma,
+    LOSS: tl.constexpr, HAS_REF: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EDGES: tl.constexpr, OUT_ALIGNED: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    # Places: pair by pair, its chosen rows, its rejected rows and one without a row, so that an empty pair is done too.
+    pairs = tl.arange(0, PAIRS)
+    real = pairs < B
+    split = tl.load(cu_ptr + B)
+    begins = tl.load(cu_ptr + pairs, mask=real, other=0) + tl.load(cu_ptr + B + pairs, mask=real, other=0)
+    ends = tl.load(cu_ptr + pairs + 1, mask=real, other=0) + tl.load(cu_ptr + B + pairs + 1, mask=real, other=0)
+    places = N + B
+    lead = tl.minimum(tl.max(ends - begins, 0) + 1 + (tl.num_programs(0) + 1) // 2, places)
+    # One past the last place of each pair.
+    ends = tl.where(real, ends - split + pairs + 1, places)
+
+    ticket = tl.atomic_add(counters_ptr + B, 1, sem="relaxed", scope="gpu")
+    while ticket < 2 * places:
+        turn = ticket - lead
+        is_row = ticket < lead
+        place = tl.where(is_row, ticket, ticket - places)
+        if (turn >= 0) & (turn < 2 * (places - lead)):
+            is_row = turn % 2 == 0
+            place = tl.where(is_row, lead, 0) + turn // 2
+
+        pair = tl.sum((ends <= place).to(tl.int32), 0)
+        w0, w1 = tl.load(cu_ptr + pair), tl.load(cu_ptr + pair + 1)
+        l0, l1 = tl.load(cu_ptr + B + pair), tl.load(cu_ptr + B + pair + 1)
+        index = place - (w0 + (l0 - split) + pair)
+        chosen, rejected = w1 - w0, l1 - l0
+        is_chosen = index < chosen
+        has_row = index < chosen + rejected
+        row = tl.where(is_chosen, w0 + index, l0 + (index - chosen)).to(tl.int64)
+        target = tl.load(targets_ptr + row, mask=has_row, other=ignore_index)
+        counter = counters_ptr + pair
+
+        if is_row:
+            if target != ignore_index:
+                start = row * stride_n
+                picked = tl.load(x_ptr + start + target).to(tl.float32)
+                top, log_total, _, _, _ = reduce_row(
+                    x_ptr, start, V, 1.0, 1.0, False, False, False, False, EDGES, VEC, K, THREADS
+                )
+                tl.store(top_ptr + row, top)
+                tl.store(log_total_ptr + row, log_total)
+                tl.store(row_logps_ptr + row, (picked - top) - log_total)
+            tl.debug_barrier()
+            done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+            if done == chosen + rejected:
+                _finish_pair(
+                    pair, cu_ptr, row_logps_ptr, targets_ptr, ref_ptr, grad_scale, losses_ptr, logps_ptr, coef_ptr, B,
+                    ignore_index, beta, label_smoothing, tau, gamma,
+                    LOSS, HAS_REF, SCALE_IS_TENSOR, THREADS,
+                )  # fmt: skip
+                tl.debug_barrier()
+                tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        elif has_row:
+            coef = 0.0
+            if target != ignore_index:
+                # Rows, the place without one, and the published coefficients: the count of a finished pair.
+                while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < chosen + rejected + 2:
+                    pass
+                tl.debug_barrier()
+                coef = tl.load(coef_ptr + tl.where(is_chosen, pair, B + pair), cache_modifier=".cg")
+            if coef != 0:
+                top = tl.load(top_ptr + row, cache_modifier=".cg")
+                log_total = tl.load(log_total_ptr + row, cache_modifier=".cg")
+                write_gradient(
+                    x_ptr, row * stride_n, out_ptr, row * stride_out, V, target, coef, top, log_total, 1.0, 1.0, False,
+                    EDGES, OUT_ALIGNED, VEC, K, THREADS,
+                )  # fmt: skip
+            else:
+                write_zeros(out_ptr, row * stride_out, V, EDGES, VEC, K, THREADS)
+        ticket = tl.atomic_add(counters_ptr + B, 1, sem="relaxed", scope="gpu")
+
+
+def dpo_fused(
+    logits, targets, cu_rows, ref_logps, grad_scale, *,
+    loss_type, beta, label_smoothing, options, ignore_index=-100, out,
+):  # fmt: skip
+    """Losses [B], log-probs [2B] (chosen, then rejected; float32) and the gradient `out` [N, V] of pairs of sequences.
+
+    Sequence s scores rows cu_rows[s] to cu_rows[s + 1] of logits [N, V]; cu_rows is int32 [2B + 1] from 0 to N.
+    `loss_type` is one of PAIR_LOSSES; `options` holds discopop_tau or simpo_gamma where they differ from losses.py's
+    defaults; `ref_logps` is [2B] or None. `out` is grad_scale (a float, or a tensor of one number) times
+    d losses.sum() / d logits, in the type of logits; it may be `logits`. Rows whose target is `ignore_index` are not
+    read, and zero in `out`.
+    """
+    check_rows(logits, targets)
+    check_rows(out, targets)
+    assert (out.shape, out.dtype) == (logits.shape, logits.dtype), (out.shape, out.dtype)
+    N, V = logits.shape
+    B = (cu_rows.numel() - 1) // 2
+    assert (cu_rows.numel(), cu_rows.dtype) == (2 * B + 1, torch.int32), (cu_rows.shape, cu_rows.dtype)
+    assert options.keys() <= {"discopop_tau", "simpo_gamma"}, options
+    device = logits.device
+    losses, logps, coef = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, 2 * B, 2 * B))
+    top, log_total, row_logps = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
+    counters = torch.zeros(B + 1, dtype=torch.int32, device=device)
+    scale_is_tensor = isinstance(grad_scale, torch.Tensor)
+    _dpo_kernel[(min(program_count(device), 2 * (N + B)),)](
+        logits, targets, cu_rows, cu_rows if ref_logps is None else ref_logps,
+        grad_scale if scale_is_tensor else float(grad_scale),
+        out, losses, logps, top, log_total, row_logps, coef, counters,
+        logits.stride(0), out.stride(0), N, V, B, ignore_index,
+        float(beta), float(label_smoothing),
+        float(options.get("discopop_tau", 0.05)), float(options.get("simpo_gamma", 0.5)),
+        LOSS=PAIR_LOSSES[loss_type], HAS_REF=ref_logps is not None, SCALE_IS_TENSOR=scale_is_tensor,
+        PAIRS=max(64, triton.next_power_of_2(B)),
+        **row_layout(logits, out), **row_blocks(V, logits.dtype),
+    )  # fmt: skip
+    return losses, logps, out

@@ -1,0 +1,227 @@
+"""What the row kernels share: one program works on one row of logits, x [V], wherever it lies in memory.
+
+A row is read in blocks of [K, THREADS, VEC] words: each thread holds K vectors of VEC words (16 bytes, one load), so its
+running maximum and sums stay in its own registers, with no barrier until the row ends, and cost one exponential a word
+and one a block.
+
+    word       x = raw * a, or cap * tanh(raw * a) with soft-capping; temperature and scale are in `a` and `cap`
+    thread     m = max x, s = sum exp(x - m), and for the statistics sum exp(x - m) (x - m), sum exp(2 (x - m)), sum x
+    row        top = max m, log_total = log sum s exp(m - top): kept apart, `x - top - log_total` keeps digits that
+               `x - (top + log_total)` rounds away when the logits are far from zero
+    gradient   coef * (onehot - exp(x - top - log_total)) * dx/draw
+
+An odd V puts rows at odd addresses. Then only the words of whole 16-byte vectors go through blocks, and the few before and
+after them (the edges) join when the row ends. Otherwise every load of such a row would be two bytes wide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+def row_blocks(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4) -> dict[str, int]:
+    """Block sizes and launch options for rows of V words: at most `warps` warps a row, `loads` loads in flight a thread.
+
+    No number here is measured yet: no GPU was at hand. The reasons are counts.
+    """
+    vec = 16 // dtype.itemsize
+    # Threads beyond a block of the row would idle.
+    while warps > 1 and loads * 32 * vec * warps > V:
+        warps //= 2
+    # 80 registers let three programs of eight warps share an SM: with four loads a thread 48 KB in flight, where an H100
+    # needs 18 KB to hide its latency. Left alone, ptxas takes up to 126 for the one launch.
+    return {"VEC": vec, "K": loads, "THREADS": 32 * warps, "num_warps": warps, "maxnreg": 80}
+
+
+def row_layout(x: torch.Tensor, out: torch.Tensor | None = None) -> dict[str, bool]:
+    """EDGES: a row of x or out, both [N, V], can start or end inside a 16-byte vector. OUT_ALIGNED: never one alone."""
+    vec = 16 // x.element_size()
+    strides = [t.stride(0) for t in (x, out) if t is not None]
+    edges = any(n % vec for n in (x.shape[1], *strides))
+    return {"EDGES": edges} if out is None else {"EDGES": edges, "OUT_ALIGNED": not edges or strides[0] == strides[1]}
+
+
+def row_transform(scale: float, softcap: float | None, temperature: float) -> dict[str, float | bool]:
+    """`a` and `cap` of the word formula above, for scale, soft-cap and temperature in this order."""
+    if softcap is None:
+        return {"a": float(scale / temperature), "cap": 1.0, "SOFTCAP": False}
+    return {"a": float(scale / softcap), "cap": float(softcap / temperature), "SOFTCAP": True}
+
+
+@triton.jit
+def transform(raw, a, cap, SOFTCAP: tl.constexpr):
+    x = raw.to(tl.float32) * a
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1): exact at both infinities
+        x = cap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
+    return x
+
+
+@triton.jit
+def span(row_start, V, VEC: tl.constexpr, EDGES: tl.constexpr):
+    """The first word of a whole vector, as offset from the pointer; words before it; words in whole vectors."""
+    if EDGES:
+        first = (row_start + (VEC - 1)) // VEC * VEC
+        head = tl.minimum(first - row_start, V).to(tl.int32)
+        return first, head, (V - head) // VEC * VEC
+    else:
+        return row_start // VEC * VEC, 0, V // VEC * VEC
+
+
+@triton.jit
+def edge_columns(head, body, VEC: tl.constexpr):
+    """The columns before and after the whole vectors: [0, head) and [head + body, V); those >= V do not exist."""
+    i = tl.arange(0, 2 * VEC)
+    return tl.where(i < head, i, i + body)
+
+
+@triton.jit
+def block_offsets(VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr):
+    """[K, THREADS, VEC], 0 to K * THREADS * VEC - 1."""
+    loads, threads, words = tl.arange(0, K), tl.arange(0, THREADS), tl.arange(0, VEC)
+    return (loads[:, None, None] * THREADS + threads[None, :, None]) * VEC + words[None, None, :]
+
+
+@triton.jit
+def _thread_sum(x):
+    """[K, THREADS, VEC] -> [THREADS]"""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _add(x, m, s, ts, qs, xs, keep, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SUM_SQ: tl.constexpr):
+    """A block x into the threads' running values; x is -inf where `keep` is false."""
+    m_new = tl.maximum(m, tl.max(tl.max(x, 2), 0))
+    shifted = x - m_new[None, :, None]
+    e = tl.exp2(shifted * LOG2E)
+    alpha = tl.exp2((m - m_new) * LOG2E)
+    if ENTROPY:
+        # A masked word has e = 0 and shifted = -inf; a thread of masked words only has alpha = 0. Their products are 0.
+        ts = tl.where(alpha > 0, alpha * (ts + s * (m - m_new)), 0.0) + _thread_sum(tl.where(e > 0, e * shifted, 0.0))
+    if SUM_SQ:
+        qs = alpha * alpha * qs + _thread_sum(e * e)
+    if MEAN:
+        xs += _thread_sum(tl.where(keep, x, 0.0))
+    return m_new, alpha * s + _thread_sum(e), ts, qs, xs
+
+
+@triton.jit
+def reduce_row(
+    x_ptr, row_start, V, a, cap, SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, MEAN: tl.constexpr, SUM_SQ: tl.constexpr,
+    EDGES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """One read of a row: top, log_total, and (where asked for) entropy, sum of x, log of the sum of p^2."""
+    BLOCK: tl.constexpr = K * THREADS * VEC
+    block = block_offsets(VEC, K, THREADS)
+    m = tl.full([THREADS], LOWEST, tl.float32)
+    s = tl.zeros([THREADS], tl.float32)
+    ts, qs, xs = s, s, s
+    first, head, body = span(row_start, V, VEC, EDGES)
+    full = body // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        x = transform(tl.load(x_ptr + first + (start + block)), a, cap, SOFTCAP)
+        m, s, ts, qs, xs = _add(x, m, s, ts, qs, xs, True, ENTROPY, MEAN, SUM_SQ)
+    if full < body:
+        keep = full + block < body
+        x = transform(tl.load(x_ptr + first + (full + block), mask=keep, other=0.0), a, cap, SOFTCAP)
+        x = tl.where(keep, x, float("-inf"))
+        m, s, ts, qs, xs = _add(x, m, s, ts, qs, xs, keep, ENTROPY, MEAN, SUM_SQ)
+    top = tl.max(m, 0)
+    if EDGES:
+        columns = edge_columns(head, body, VEC)
+        keep = columns < V
+        x = transform(tl.load(x_ptr + row_start + columns, mask=keep, other=0.0), a, cap, SOFTCAP)
+        x = tl.where(keep, x, float("-inf"))
+        top = tl.maximum(top, tl.max(x, 0))
+        shifted = x - top
+        e = tl.exp2(shifted * LOG2E)
+    down = m - top
+    alpha = tl.exp2(down * LOG2E)
+    total = tl.sum(alpha * s, 0)
+    if EDGES:
+        total += tl.sum(e, 0)
+    log_total = tl.log(total)
+    entropy, log_sum_sq, x_sum = log_total, log_total, log_total
+    if ENTROPY:
+        moment = tl.sum(tl.where(alpha > 0, alpha * (ts + s * down), 0.0), 0)
+        if EDGES:
+            moment += tl.sum(tl.where(e > 0, e * shifted, 0.0), 0)
+        entropy = log_total - moment / total
+    if SUM_SQ:
+        squares = tl.sum(alpha * alpha * qs, 0)
+        if EDGES:
+            squares += tl.sum(e * e, 0)
+        log_sum_sq = tl.log(squares) - 2.0 * log_total
+    if MEAN:
+        x_sum = tl.sum(xs, 0)
+        if EDGES:
+            x_sum += tl.sum(tl.where(keep, x, 0.0), 0)
+    return top, log_total, entropy, x_sum, log_sum_sq
+
+
+@triton.jit
+def _slope(raw, hit, coef, top, log2_total, a, cap, SOFTCAP: tl.constexpr):
+    """coef * (hit - p) * (1 - tanh^2) of a word; hit is 1 for the target and 0 for all others."""
+    x = transform(raw, a, cap, SOFTCAP)
+    g = coef * (hit - tl.exp2((x - top) * LOG2E - log2_total))
+    if SOFTCAP:
+        tanh = x / cap
+        g *= 1.0 - tanh * tanh
+    return g
+
+
+@triton.jit
+def write_gradient(
+    x_ptr, row_start, out_ptr, out_start, V, target, coef, top, log_total, a, cap, SOFTCAP: tl.constexpr,
+    EDGES: tl.constexpr, OUT_ALIGNED: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """One read and one write of a row: coef * d log p[target] / d raw. `out` may be the row itself."""
+    BLOCK: tl.constexpr = K * THREADS * VEC
+    block = block_offsets(VEC, K, THREADS)
+    coef = coef * (a * cap)
+    log2_total = log_total * LOG2E
+    dtype = out_ptr.dtype.element_ty
+    at_target = _slope(tl.load(x_ptr + row_start + target), 1.0, coef, top, log2_total, a, cap, SOFTCAP)
+    # In place, no thread may write before all have read their target.
+    tl.debug_barrier()
+    first, head, body = span(row_start, V, VEC, EDGES)
+    out_first = out_start + head
+    if OUT_ALIGNED:
+        # Changes nothing but tells the compiler so.
+        out_first = out_first // VEC * VEC
+    full = body // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        raw = tl.load(x_ptr + first + (start + block))
+        g = _slope(raw, 0.0, coef, top, log2_total, a, cap, SOFTCAP)
+        tl.store(out_ptr + out_first + (start + block), g.to(dtype))
+    if full < body:
+        keep = full + block < body
+        raw = tl.load(x_ptr + first + (full + block), mask=keep, other=0.0)
+        g = _slope(raw, 0.0, coef, top, log2_total, a, cap, SOFTCAP)
+        tl.store(out_ptr + out_first + (full + block), g.to(dtype), mask=keep)
+    if EDGES:
+        columns = edge_columns(head, body, VEC)
+        raw = tl.load(x_ptr + row_start + columns, mask=columns < V, other=0.0)
+        g = _slope(raw, 0.0, coef, top, log2_total, a, cap, SOFTCAP)
+        tl.store(out_ptr + out_start + columns, g.to(dtype), mask=columns < V)
+    # The target's word was written above by another thread: a comparison a word would cost half as much again.
+    tl.debug_barrier()
+    tl.store(out_ptr + out_start + target, at_target.to(dtype))
+
+
+@triton.jit
+def write_zeros(out_ptr, out_start, V, EDGES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr):
+    BLOCK: tl.constexpr = K * THREADS * VEC
+    block = block_offsets(VEC, K, THREADS)
+    dtype = out_ptr.dtype.element_ty
+    first, head, body = span(out_start, V, VEC, EDGES)
+    for start in range(0, body, BLOCK):
+        tl.store(out_ptr + first + (start + block), tl.zeros([K, THREADS, VEC], dtype), mask=start + block < body)
+    if EDGES:
+        columns = edge_columns(head, body, VEC)
+        tl.store(out_ptr + out_start + columns, tl.zeros([2 * VEC], dtype), mask=columns < V)

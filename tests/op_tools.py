@@ -1,0 +1,104 @@
+"""What the tests of the ops share: back ends that run here, batches, and the rule by which results are compared."""
+
+import os
+
+import pytest
+import torch
+
+from dpo_fast import reference
+from dpo_fast.backends import resolve
+from dpo_fast.losses import preference_loss
+from dpo_fast.sequences import scored_lengths, segment_sum
+
+HALF = [torch.bfloat16, torch.float16]
+FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton's interpreter rounds to bfloat16 toward zero, a GPU to nearest: twice the error, once a stored number.
+    FLOORS[torch.bfloat16] += 2**-8
+
+
+def back_ends() -> list[str]:
+    """Those that take CPU tensors: torch, and triton under TRITON_INTERPRET=1."""
+    found = []
+    for name in ("torch", "triton", "csrc"):
+        try:
+            resolve(name, "cpu")
+        except ValueError:
+            continue
+        found.append(name)
+    return found
+
+
+@pytest.fixture(params=back_ends())
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN: what an op forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def assert_within_rule(ours: dict, plain: dict, exact: dict, floor: float) -> None:
+    """At most twice plain torch's own error, relative to the largest entry, plus `floor`."""
+    assert ours.keys() == plain.keys() == exact.keys()
+    for name, x in ours.items():
+        y, z = exact[name], plain[name]
+        assert x.shape == y.shape, name
+        if y.dtype == torch.bool:
+            assert torch.equal(x, y), name
+            continue
+        assert torch.equal(x.isfinite(), y.isfinite()), name
+        keep = y.isfinite()
+        if not keep.any():
+            continue
+        size = y[keep].abs().max().clamp(min=1e-30)
+        error, theirs = (((t.double() - y)[keep].abs().max() / size).item() for t in (x, z))
+        assert error <= 2 * theirs + floor, (name, error, theirs)
+
+
+def pairs(lengths, v, *, packed=False, dtype=torch.float64, width=None, seed=0, scale=2.0):
+    """A batch of sequences with (prompt, completion) `lengths`, of random `width` (default V) wide rows.
+
+    Returns rows ([S, T, width] or [N, width]), targets with -100 for prompts and padding, and cu_seqlens or None.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    totals = [prompt + completion for prompt, completion in lengths]
+    size = max(totals)
+    rows = scale * torch.randn(len(lengths), size, width or v, generator=rng, dtype=torch.float64)
+    targets = torch.full((len(lengths), size), -100)
+    for s, (prompt, completion) in enumerate(lengths):
+        targets[s, prompt : prompt + completion] = torch.randint(v, (completion,), generator=rng)
+    rows = rows.to(dtype)
+    if not packed:
+        return rows, targets, None
+    rows = torch.cat([rows[s, :n] for s, n in enumerate(totals)])
+    targets = torch.cat([targets[s, :n] for s, n in enumerate(totals)])
+    return rows, targets, torch.tensor([0, *totals]).cumsum(0).to(torch.int32)
+
+
+def truth(logits, targets, ref_logps=None, *, cu_seqlens=None, logit_scale=1.0, softcap=None, **options):
+    """`dpo_loss` by autograd on whole logits, in their type."""
+    logps = reference.token_logps(logits, targets, logit_scale=logit_scale, softcap=softcap)
+    logps = logps.sum(-1) if cu_seqlens is None else segment_sum(logps, cu_seqlens)
+    lengths = scored_lengths(targets, -100, cu_seqlens).chunk(2)
+    references = (None, None) if ref_logps is None else ref_logps.chunk(2)
+    names = dict(zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True))
+    return preference_loss(*logps.chunk(2), *references, **names, **options)
+
+
+def fields(out, loss_grad=1.0, **leaves) -> dict:
+    """The fields of a PreferenceOutput and the gradients of `loss_grad * loss`, by name."""
+    found = {name: getattr(out, name).detach() for name in out.__dataclass_fields__}
+    if leaves:
+        grads = torch.autograd.grad(out.loss * loss_grad, list(leaves.values()))
+        found |= {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+    return found

@@ -1,0 +1,550 @@
+"""The Triton kernels against float64: values, gradients, ignored rows, extremes, every loss of one pair.
+
+On a GPU these tests run on CUDA tensors. Without one they are skipped here and run once more by
+`test_in_the_interpreter` in a process of its own with TRITON_INTERPRET=1, which must be set before triton is imported.
+The rule is STYLE.md's: an error of at most twice that of plain torch in the same type, plus 1e-5 (float32) or 1e-3.
+"""
+
+import functools
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+
+from dpo_fast import reference
+from dpo_fast.losses import LOSSES, preference_loss
+
+triton = pytest.importorskip("triton", reason="no triton on this machine")
+from dpo_fast.kernels import dpo, logps, rows  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+PLAIN = {"scale": 1.0, "softcap": None, "temperature": 1.0}
+TRANSFORMS = {
+    "plain": PLAIN,
+    "temperature": {**PLAIN, "temperature": 0.7},
+    "softcap": {**PLAIN, "softcap": 5.0},
+    "all": {"scale": -1.5, "softcap": 2.5, "temperature": 1.9},
+}
+# Rows shorter and longer than a block of one warp (1024 words of two bytes), at any alignment.
+SHAPES = [(1, 1), (3, 7), (5, 64), (2, 1031), (3, 4096)]
+
+
+def version(module):
+    return tuple(int(x) for x in module.__version__.split(".")[:2])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of this file run on the GPU")
+@pytest.mark.skipif(
+    version(triton) < (3, 7) and version(numpy) >= (2, 4), reason="triton 3.6 interprets with numpy < 2.4 only"
+)
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Uninitialised memory is NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def data(n, v, dtype, seed=0, spread=2.0, ignored=True):
+    rng = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(n, v, generator=rng, dtype=torch.float64)
+    targets = torch.randint(v, (n,), generator=rng)
+    if ignored:
+        targets[1::3] = -100
+    return logits.to(dtype).to(DEVICE), targets.to(DEVICE)
+
+
+def rounded(x, dtype):
+    """float32 x as the kernels write it: the interpreter rounds to bfloat16 toward zero, a GPU to nearest."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        x = (x.contiguous().view(torch.int32) & -65536).view(torch.float32)
+    return x.to(dtype)
+
+
+def plain_torch(logits, targets, transform, wide):
+    """Logits as a leaf of type `wide`, their log-probs and statistics, 0 where the target is ignored."""
+    leaf = logits.detach().to(wide).requires_grad_()
+    x = reference.transform_logits(leaf, transform["scale"], transform["softcap"], transform["temperature"])
+    log_probs = x.log_softmax(-1)
+    scored = targets != -100
+    picked = log_probs.gather(-1, targets.masked_fill(~scored, 0)[:, None])[:, 0]
+    with torch.no_grad():
+        probs = log_probs.exp()
+        stats = {
+            "entropy": -(probs * log_probs.clamp_min(torch.finfo(wide).min)).sum(-1),
+            "mean_logits": (x * transform["temperature"]).mean(-1),
+            "is_top1": picked >= log_probs.amax(-1),
+            "log_sum_sq_probs": (probs * probs).sum(-1).log(),
+            "lse": x.logsumexp(-1),
+        }
+        stats = {name: torch.where(scored, value, torch.zeros_like(value)) for name, value in stats.items()}
+    return leaf, torch.where(scored, picked, 0.0), stats
+
+
+def close(ours, plain, truth, dtype, name=""):
+    """The rule: relative to the norm of the float64 result, over the finite entries; infinite ones must agree."""
+    truth = truth.double()
+    finite = truth.isfinite()
+    assert ours.shape == truth.shape, name
+    assert torch.equal(ours[~finite].double(), truth[~finite]), name
+    size = truth[finite].norm().clamp_min(1e-30)
+
+    def error(x):
+        return ((x.double() - truth)[finite].norm() / size).item()
+
+    # A norm of 0 asks for exact zeros.
+    assert error(ours) <= 2 * error(plain) + FLOOR[dtype], (name, error(ours), error(plain))
+
+
+def check_rows(logits, targets, transform, kernel=logps.logps_fwd, outputs=logps.OUTPUTS):
+    """Values, statistics and the gradient of a random sum of log-probs through logps_fwd and logps_bwd."""
+    dtype = logits.dtype
+    coef = torch.randn(len(logits), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    coef[2::4] = 0
+    ours, lse, stats = kernel(logits, targets, ignore_index=-100, outputs=outputs, **transform)
+    assert ours.dtype == lse.dtype == torch.float32
+    leaf, truth, true_stats = plain_torch(logits, targets, transform, torch.float64)
+    plain_leaf, plain, plain_stats = plain_torch(logits, targets, transform, torch.float32)
+    close(ours, plain, truth, torch.float32, "logps")
+    for name, value in {**stats, "lse": lse}.items():
+        if name == "is_top1":
+            assert value.dtype == torch.bool
+            assert torch.equal(value, plain_stats[name])
+        else:
+            close(value, plain_stats[name], true_stats[name], torch.float32, name)
+    (grad,) = torch.autograd.grad(truth, leaf, coef.double())
+    (plain_grad,) = torch.autograd.grad(plain, plain_leaf, coef)
+    plain_grad = rounded(plain_grad, dtype)
+    for out in (torch.empty_like(logits), torch.empty(len(logits), logits.shape[1] + 3, dtype=dtype, device=DEVICE)):
+        out = out[:, : logits.shape[1]]
+        back = logps.logps_bwd(logits, targets, lse, coef, ignore_index=-100, out=out, **transform)
+        assert back is out
+        close(out, plain_grad, grad, dtype, "gradient")
+        assert (out[(targets == -100) | (coef == 0)] == 0).all()
+    copy = logits.clone()
+    logps.logps_bwd(copy, targets, lse, coef, ignore_index=-100, out=copy, **transform)
+    assert torch.equal(copy, out)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_equal_float64(shape, dtype):
+    check_rows(*data(*shape, dtype), PLAIN)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("transform", list(TRANSFORMS)[1:])
+def test_transforms(transform, dtype):
+    check_rows(*data(4, 1500, dtype), TRANSFORMS[transform])
+
+
+@on_device
+@pytest.mark.parametrize("output", [*logps.OUTPUTS, None])
+def test_each_output_alone(output):
+    check_rows(*data(3, 333, torch.float32), TRANSFORMS["all"], outputs=() if output is None else (output,))
+
+
+@on_device
+@pytest.mark.parametrize(("v", "stride"), [(640, 672), (640, 645), (643, 672), (643, 645)])
+def test_rows_of_any_stride(v, stride):
+    logits, targets = data(5, stride, torch.bfloat16)
+    check_rows(logits[:, stride - v :], targets % v, PLAIN)
+
+
+@on_device
+def test_every_second_row():
+    logits, targets = data(8, 777, torch.float32)
+    check_rows(logits[::2], targets[::2].contiguous(), PLAIN)
+
+
+@on_device
+def test_no_rows():
+    logits, targets = data(0, 7, torch.float32)
+    ours, lse, stats = logps.logps_fwd(logits, targets, ignore_index=-100, outputs=logps.OUTPUTS, **PLAIN)
+    assert ours.shape == lse.shape == stats["entropy"].shape == (0,)
+    logps.logps_bwd(logits, targets, lse, ours, ignore_index=-100, out=logits, **PLAIN)
+    logps.residual_(logits, targets, outputs=(), **PLAIN)
+
+
+@on_device
+def test_ignored_rows_are_not_read():
+    logits, targets = data(6, 100, torch.float32)
+    logits[targets == -100] = torch.nan
+    ours, lse, stats = logps.logps_fwd(logits, targets, ignore_index=-100, outputs=logps.OUTPUTS, **PLAIN)
+    for value in (ours, lse, *stats.values()):
+        assert (value[targets == -100] == 0).all()
+        assert value.isfinite().all()
+    coef = torch.ones(6, device=DEVICE)
+    logps.logps_bwd(logits, targets, lse, coef, ignore_index=-100, out=logits, **PLAIN)
+    assert logits.isfinite().all()
+
+
+@on_device
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min], ids=["inf", "lowest"])
+@pytest.mark.parametrize("transform", ["plain", "temperature"])
+def test_masked_words(low, transform):
+    """Nine words in ten have no probability; lanes of masked words alone occur."""
+    logits, _ = data(6, 5000, torch.float32)
+    keep = torch.rand(6, 5000, generator=torch.Generator().manual_seed(3)) < 0.1
+    keep[:, 4321] = True
+    logits = logits.masked_fill(~keep.to(DEVICE), low)
+    targets = torch.full((6,), 4321, device=DEVICE)
+    check_rows(logits, targets, TRANSFORMS[transform], outputs=("entropy", "is_top1", "log_sum_sq_probs"))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_peaked_and_large_logits(dtype):
+    logits, targets = data(6, 300, dtype, spread=1000.0)
+    check_rows(logits, targets, PLAIN)
+    targets = torch.where(targets == -100, targets, logits.argmax(-1))
+    check_rows(logits, targets, PLAIN)
+    check_rows(logits * 0 + 30, targets, PLAIN)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(2, 1), (4, 1031), (3, 4096)], ids=str)
+def test_residual(shape, transform, dtype):
+    logits, targets = data(*shape, dtype, ignored=False)
+    transform = TRANSFORMS[transform]
+    leaf, truth, true_stats = plain_torch(logits, targets, transform, torch.float64)
+    plain_leaf, plain, plain_stats = plain_torch(logits, targets, transform, torch.float32)
+    ours, stats = logps.residual_(logits, targets, outputs=("entropy", "is_top1"), **transform)
+    close(ours, plain, truth, torch.float32, "logps")
+    close(stats["entropy"], plain_stats["entropy"], true_stats["entropy"], torch.float32, "entropy")
+    assert torch.equal(stats["is_top1"], plain_stats["is_top1"])
+    (grad,) = torch.autograd.grad(truth.sum(), leaf)
+    (plain_grad,) = torch.autograd.grad(plain.sum(), plain_leaf)
+    close(logits, rounded(plain_grad, dtype), grad, dtype, "residual")
+
+
+@on_device
+def test_residual_far_from_zero():
+    """Logits near 10000 keep their digits: the row maximum and the log of the sum stay apart."""
+    logits, targets = data(4, 500, torch.float32, ignored=False)
+    logits = (logits * 64).round() / 64 + 10000
+    leaf, truth, _ = plain_torch(logits, targets, PLAIN, torch.float64)
+    (grad,) = torch.autograd.grad(truth.sum(), leaf)
+    ours, _ = logps.residual_(logits, targets, outputs=(), **PLAIN)
+    close(ours, truth, truth, torch.float32)
+    close(logits, grad, grad, torch.float32)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_scale(factor, dtype):
+    x = torch.randn(5, 7, 3000, generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
+    number = torch.tensor(factor, device=DEVICE)
+    for view in (x.clone(), x.clone()[:, :6], x[0].clone(), x[0, :, 1:].clone()[::2], x[0, 0, 0].clone(), x[:0]):
+        expected = (view.double() * number.double()).to(dtype)
+        assert logps.scale_(view, number) is view
+        torch.testing.assert_close(view, expected, rtol=0 if factor == 1 else 1e-2, atol=0)
+
+
+@on_device
+def test_refuses_float64():
+    logits, targets = data(2, 5, torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        logps.logps_fwd(logits, targets, ignore_index=-100, outputs=(), **PLAIN)
+
+
+def test_blocks_fit():
+    for v in (1, 100, 4096, 50257, 128256):
+        for dtype in DTYPES:
+            for warps in (8, 16):
+                b = rows.row_blocks(v, dtype, warps)
+                assert b["THREADS"] == 32 * b["num_warps"]
+                assert b["num_warps"] == 1 or b["K"] * b["THREADS"] * b["VEC"] <= v
+                assert b["VEC"] * dtype.itemsize == 16
+
+
+# ---- The one launch ----
+
+
+def pairs(lengths, v, dtype, seed=0, spread=2.0):
+    """Logits, targets (some ignored), bounds of the sequences and reference log-probs near the policy's."""
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    logits, targets = data(int(cu[-1]), v, dtype, seed, spread)
+    ref = -6.0 * torch.tensor(lengths) * 0.7 + torch.randn(len(lengths), generator=torch.Generator().manual_seed(seed))
+    return logits, targets, cu.to(DEVICE), ref.to(DEVICE)
+
+
+def plain_dpo(logits, targets, cu, ref, wide, grad_scale, loss_type, **options):
+    leaf, token_logps, _ = plain_torch(logits, targets, PLAIN, wide)
+    bounds = list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
+    summed = torch.stack([token_logps[a:b].sum() for a, b in bounds])
+    lengths = torch.stack([(targets[a:b] != -100).sum() for a, b in bounds])
+    chosen, rejected = summed.chunk(2)
+    refs = (None, None) if ref is None else ref.to(wide).chunk(2)
+    by_name = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
+    losses = preference_loss(chosen, rejected, *refs, loss_type=loss_type, **options, **by_name).losses
+    (grad,) = torch.autograd.grad(losses.sum() * grad_scale, leaf)
+    return losses.detach(), summed.detach(), rounded(grad, logits.dtype) if wide == torch.float32 else grad
+
+
+def fused(logits, targets, cu, ref, grad_scale=1.0, loss_type="sigmoid", out=None, beta=0.1, **options):
+    smoothing = options.pop("label_smoothing", 0.0)
+    out = torch.empty_like(logits) if out is None else out
+    return dpo.dpo_fused(
+        logits, targets, cu, ref, grad_scale, loss_type=loss_type, beta=beta, label_smoothing=smoothing,
+        options=options, ignore_index=-100, out=out,
+    )  # fmt: skip
+
+
+def check_dpo(batch, grad_scale=0.5, loss_type="sigmoid", **options):
+    dtype = batch[0].dtype
+    losses, summed, out = fused(*batch, grad_scale, loss_type, **options)
+    number = float(grad_scale)
+    truth = plain_dpo(*batch, torch.float64, number, loss_type, **options)
+    plain = plain_dpo(*batch, torch.float32, number, loss_type, **options)
+    for name, x, p, t, kind in zip(
+        ("losses", "logps", "gradient"),
+        (losses, summed, out),
+        plain,
+        truth,
+        (torch.float32,) * 2 + (dtype,),
+        strict=True,
+    ):
+        close(x, p, t, kind, f"{loss_type} {name}")
+    assert (out[batch[1] == -100] == 0).all()
+    return losses, summed, out
+
+
+LOSS_CASES = [
+    *((name, {}) for name in dpo.PAIR_LOSSES if name != "exo_pair"),
+    ("sigmoid", {"label_smoothing": 0.2}),
+    ("simpo", {"label_smoothing": 0.2, "simpo_gamma": 1.0}),
+    ("robust", {"label_smoothing": 0.2}),
+    ("exo_pair", {"label_smoothing": 0.01}),
+    ("discopop", {"discopop_tau": 0.3}),
+]
+
+
+def reference_of(loss_type, ref):
+    return ref if LOSSES[loss_type].needs_reference else None
+
+
+def test_the_losses_of_one_pair_are_all_there():
+    by_pair = {name for name, row in LOSSES.items() if not row.over_batch and not row.token_mean}
+    assert set(dpo.PAIR_LOSSES) == by_pair
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("loss_type", "options"), LOSS_CASES)
+def test_every_loss(loss_type, options, dtype):
+    logits, targets, cu, ref = pairs([2, 3, 1, 2], 37, dtype)
+    check_dpo((logits, targets, cu, reference_of(loss_type, ref)), loss_type=loss_type, **options)
+
+
+@on_device
+@pytest.mark.parametrize("lengths", [[1, 1], [9, 2], [0, 0, 4, 3, 0, 2], [0, 0], [3] * 6, [1] * 10], ids=str)
+@pytest.mark.parametrize("programs", [1, 2, 64])
+def test_shapes_of_a_batch(monkeypatch, lengths, programs):
+    """Pairs of any size (empty ones too), whatever the size of the grid says of the order of the tickets."""
+    if INTERPRETED:
+        monkeypatch.setattr(dpo, "program_count", lambda device: programs)
+    check_dpo(pairs(lengths, 19, torch.float32))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [1031, 2048])
+def test_rows_longer_than_a_block(v, dtype):
+    check_dpo(pairs([2, 3, 3, 1], v, dtype))
+
+
+@on_device
+def test_sequences_longer_than_a_step_of_their_sum():
+    check_dpo(pairs([33, 70] if INTERPRETED else [700, 1100], 3, torch.float32))
+
+
+@on_device
+@pytest.mark.parametrize("margin", [-1e5, 1e5])
+@pytest.mark.parametrize(("loss_type", "options"), LOSS_CASES)
+def test_margins_of_ten_thousand(loss_type, options, margin):
+    """beta * margin = +-1e4, from the reference or (simpo) from the logits themselves."""
+    logits, targets, cu, ref = pairs([2, 2, 1, 3], 11, torch.float32, spread=1e4 if loss_type == "simpo" else 2.0)
+    ref = torch.tensor([0.0, margin, margin, 0.0], device=DEVICE) + ref
+    losses, _, out = check_dpo((logits, targets, cu, reference_of(loss_type, ref)), loss_type=loss_type, **options)
+    assert losses.isfinite().all()
+    assert out.isfinite().all()
+
+
+@on_device
+def test_equal_policy_and_reference_start_at_log_2():
+    logits, targets, cu, _ = pairs([3, 4, 2, 5], 50, torch.bfloat16)
+    _, summed, _ = fused(logits, targets, cu, None)
+    losses, _, _ = fused(logits, targets, cu, summed)
+    torch.testing.assert_close(losses, torch.full_like(losses, 2.0).log(), rtol=2e-7, atol=0)
+
+
+@on_device
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25), torch.tensor([0.25], dtype=torch.float64)])
+def test_gradient_scale_and_no_reference(scale):
+    logits, targets, cu, _ = pairs([2, 3], 21, torch.float32)
+    check_dpo((logits, targets, cu, None), scale.to(DEVICE) if isinstance(scale, torch.Tensor) else scale)
+
+
+@on_device
+@pytest.mark.parametrize("v", [96, 101])
+@pytest.mark.parametrize("more", [0, 3, 8])
+def test_in_place_and_strided(v, more):
+    """The words beside the rows stay untouched; out of place and in place give the same bits."""
+    logits, targets, cu, ref = pairs([3, 4, 2, 5], v, torch.bfloat16)
+    wide = torch.full((len(logits), v + more), torch.nan, dtype=logits.dtype, device=DEVICE)
+    wide[:, :v] = logits
+    expected = check_dpo((wide[:, :v], targets, cu, ref))
+    for x, y in zip(fused(wide[:, :v], targets, cu, ref, 0.5, out=wide[:, :v]), expected, strict=True):
+        assert torch.equal(x, y)
+    assert wide[:, v:].isnan().all()
+
+
+@on_device
+def test_ignored_rows_of_the_one_launch_are_not_read():
+    logits, targets, cu, ref = pairs([3, 4, 2, 5], 33, torch.float32)
+    expected = fused(logits, targets, cu, ref)
+    logits[targets == -100] = torch.nan
+    for x, y in zip(fused(logits, targets, cu, ref, out=logits), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@on_device
+@pytest.mark.parametrize("loss_type", [name for name in dpo.PAIR_LOSSES if name != "exo_pair"])
+def test_all_targets_ignored(loss_type):
+    logits, targets, cu, ref = pairs([3, 4], 33, torch.float32)
+    _, summed, out = check_dpo((logits, targets.fill_(-100), cu, reference_of(loss_type, ref)), loss_type=loss_type)
+    assert (summed == 0).all()
+    assert (out == 0).all()
+
+
+@on_device
+def test_one_sequence_all_ignored():
+    logits, targets, cu, ref = pairs([3, 4, 2, 3], 33, torch.float32)
+    targets[:3] = -100
+    _, summed, _ = check_dpo((logits, targets, cu, ref))
+    assert summed[0] == 0
+
+
+@on_device
+def test_same_bits_twice():
+    lengths, v = ([5, 3, 7, 2, 6, 4], 1031) if INTERPRETED else ([40, 3, 17, 29, 60, 8], 50257)
+    logits, targets, cu, ref = pairs(lengths, v, torch.bfloat16)
+    first = fused(logits, targets, cu, ref)
+    for _ in range(1 if INTERPRETED else 20):
+        for x, y in zip(first, fused(logits, targets, cu, ref), strict=True):
+            assert torch.equal(x, y)
+    options = {"ignore_index": -100, **PLAIN}
+    a, b = (logps.logps_fwd(logits, targets, outputs=logps.OUTPUTS, **options) for _ in range(2))
+    for x, y in zip((*a[:2], *a[2].values()), (*b[:2], *b[2].values()), strict=True):
+        assert torch.equal(x, y)
+
+
+@on_device
+def test_one_launch(monkeypatch):
+    """Forward, losses, coefficients and gradient are one launch of a Triton kernel (after the counters' memset)."""
+    launched = []
+    kind = type(dpo._dpo_kernel)
+    run = kind.run
+
+    @functools.wraps(run)
+    def counting(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", counting)
+    fused(*pairs([3, 4, 2, 5], 33, torch.float32))
+    assert launched == ["_dpo_kernel"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs programs at once by itself")
+@pytest.mark.parametrize("lengths", [[4, 6, 1, 9, 3, 2], [1] * 16, [12, 12]], ids=str)
+def test_programs_that_wait_for_each_other(monkeypatch, lengths):
+    """Four processes with the memory of one launch between them: no deadlock, the bits of one program after the other."""
+    batch = pairs(lengths, 300, torch.float32)
+    expected = fused(*batch)
+    kernel, recorded = dpo._dpo_kernel, []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: recorded.extend((args, constants))
+
+    monkeypatch.setattr(dpo, "_dpo_kernel", Recorder())
+    ours = fused(*batch)
+    args, constants = recorded
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            x.share_memory_()
+    # The interpreter works on CPU memory itself; its copy back at the end would undo what the others write meanwhile.
+    monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+    fork = multiprocessing.get_context("fork")
+    programs = [fork.Process(target=kernel[(1,)], args=args, kwargs=constants) for _ in range(4)]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join(timeout=60)
+        program.kill()
+        program.join()
+        assert program.exitcode == 0
+    for x, y in zip(ours, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+# ---- GPU only ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
+def test_more_than_two_billion_logits():
+    n, v = 16500, 131072
+    logits = torch.randn(n, v, dtype=torch.bfloat16, device=DEVICE)
+    targets = torch.randint(v, (n,), device=DEVICE)
+    targets[: n // 2] = -100
+    cu = torch.tensor([0, 4000, n - 5000, n - 600, n], dtype=torch.int32, device=DEVICE)
+    expected = logits[-3:].double().log_softmax(-1)
+    onehot = torch.nn.functional.one_hot(targets[-3:], v)
+    ours, _, _ = logps.logps_fwd(logits, targets, ignore_index=-100, outputs=(), **PLAIN)
+    torch.testing.assert_close(ours[-3:].double(), expected.gather(1, targets[-3:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    losses, summed, _ = fused(logits, targets, cu, None, loss_type="nca_pair", out=logits)
+    assert losses.isfinite().all()
+    torch.testing.assert_close(summed[3], ours[n - 600 :].sum(), rtol=1e-5, atol=1e-5)
+    coef = 0.5 * 0.1 * torch.sigmoid(0.1 * summed[3].double())
+    torch.testing.assert_close(logits[-3:].double(), coef * (onehot - expected.exp()), rtol=1e-2, atol=1e-12)
+    assert (logits[: n // 2] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
+@pytest.mark.parametrize(
+    "lengths", [[300, 2, 1, 500, 40, 7, 900, 3], [1] * 512, [2000, 2000]], ids=["mixed", "tiny", "one"]
+)
+def test_many_programs_at_once(lengths):
+    """Programs that wait for each other: no deadlock, the same bits as row by row, many times."""
+    logits, targets, cu, ref = pairs(lengths, 8192, torch.bfloat16)
+    first = check_dpo((logits, targets, cu, ref))
+    for _ in range(50):
+        for x, y in zip(first, fused(logits, targets, cu, ref, 0.5), strict=True):
+            assert torch.equal(x, y)
