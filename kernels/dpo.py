@@ -14,12 +14,12 @@ The order of tickets is: `lead` rows, then row and gradient tickets in turn, the
 the largest pair plus a lag of half a grid, so that a gradient ticket finds its pair done: without the lag every pair
 would end with programs that wait for its last rows.
 
-What one program writes and another reads goes through the pair's counter, an int32 in global memory. The writer:
-stores, barrier, atomic add with release at gpu scope; the reader: atomic add with acquire, barrier, loads past L1. The
-barriers (bar.sync) join the threads of a program to the one that performs the atomic; release and acquire are
-cumulative, so what any thread of the writer stored before is seen by every thread of the reader after. The completing
-row ticket does both (acq_rel). Reads and writes of the counter are all read-modify-writes, hence one release sequence:
-the last increment acquires from all the rows before it.
+What one program writes and another reads goes through the pair's counter, an int32 in global memory. The writer
+stores, then a barrier, then an atomic add with release at gpu scope; the reader has an atomic add of 0 with acquire (one
+`ld.acquire.gpu`), then a barrier, then loads past L1. One thread performs a scalar atomic; the barriers (bar.sync) join
+the others to it, and release and acquire are cumulative: what any thread of the writer stored before, every thread of
+the reader sees after. The row ticket that completes a pair does both (acq_rel): all writes of the counter are
+read-modify-writes, so it follows the releases of all the pair's rows. Tickets carry no data: relaxed.
 
 The counters must be zero at the start: a memset of 4 (B + 1) bytes precedes the launch.
 """
