@@ -12,11 +12,12 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.installed
 
 # torch comes first and pinned: a build without it would fetch another one, or skip the extension.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja pybind11
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,test]'
+	$(BIN)/python -m dpo_fast.info
 	touch $@
 
 train: setup
@@ -30,4 +31,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info dpo_fast/*.so

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -22,13 +24,16 @@ class Backend:
     scale_: Callable
 
 
+LAUNCHERS = tuple(field.name for field in dataclasses.fields(Backend))[1:]
+_BUILD = "run `pip install --no-build-isolation -e .` in a checkout, with torch and a C++ compiler there"
+
+
 class _MissingError(Exception):
     """Why a back end cannot be used, and how to get it."""
 
 
 def _torch(device: str) -> Backend:
-    names = ("logps_fwd", "logps_bwd", "residual_", "dpo_fused", "scale_")
-    return Backend("torch", **{name: getattr(reference, name) for name in names})
+    return Backend("torch", *(getattr(reference, name) for name in LAUNCHERS))
 
 
 def _triton(device: str) -> Backend:
@@ -49,7 +54,25 @@ def _triton(device: str) -> Backend:
 
 
 def _csrc(device: str) -> Backend:
-    raise _MissingError("not part of this version")
+    try:
+        csrc = importlib.import_module("dpo_fast.csrc")
+    except ModuleNotFoundError as error:
+        if error.name != "dpo_fast._csrc":
+            raise
+        compilers = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and shutil.which(name)]
+        why = (
+            "it was not built" if compilers else "it was not built, and there is no C++ compiler here (apt install g++)"
+        )
+        raise _MissingError(f"{why}: {_BUILD}") from error
+    except ImportError as error:
+        raise _MissingError(f"it was built for another torch ({error}): {_BUILD}") from error
+    if torch.__version__.split("+")[0] != csrc.TORCH_VERSION:
+        raise _MissingError(f"it was built for torch {csrc.TORCH_VERSION}, this is {torch.__version__}: {_BUILD}")
+    if device == "cuda" and not csrc.WITH_CUDA:
+        raise _MissingError(f"it was built without CUDA: install the CUDA toolkit (nvcc), then {_BUILD}")
+    if device not in ("cpu", "cuda"):
+        raise _MissingError(f"it has no kernels for {device}")
+    return Backend("csrc", *(getattr(csrc, name) for name in LAUNCHERS))
 
 
 # The fastest first. A loader takes a device type and returns a Backend or raises _MissingError.

@@ -621,7 +621,6 @@ REFUSALS = [
     (logits_call(beta=0.0), "beta is 0.0"),
     (logits_call(loss_type="sft", mean_chosen_length=0.0), "mean_chosen_length is 0.0"),
     (logits_call(backend="cuda"), "backend is 'cuda': give one of csrc, triton, torch"),
-    (logits_call(backend="csrc"), "backend 'csrc' cannot be used on cpu: not part of this version"),
     (packed_call(cu_seqlens=None), r"logits of shape \[12, 6\] is packed: give cu_seqlens"),
     (
         packed_call(cu_seqlens=torch.tensor([0, 3, 6, 9, 12])),

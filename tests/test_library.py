@@ -1,5 +1,9 @@
 """The ops as torch.library ops: opcheck, torch.compile(fullgraph=True), and the table of back ends."""
 
+import importlib.util
+import shutil
+import types
+
 import pytest
 import torch
 from op_tools import fields
@@ -232,7 +236,6 @@ def test_dynamic_shapes():
 
 
 def test_resolve():
-    assert resolve(None, "cpu").name == "torch"
     assert resolve("torch", torch.device("cpu")).name == "torch"
     assert resolve("", "cpu", torch.float64).name == "torch"
     assert list(BACKENDS) == ["csrc", "triton", "torch"]
@@ -241,8 +244,8 @@ def test_resolve():
 def test_resolve_says_what_to_do():
     with pytest.raises(ValueError, match="backend is 'cuda': give one of csrc, triton, torch, or None"):
         resolve("cuda", "cpu")
-    with pytest.raises(ValueError, match=r"backend 'csrc' cannot be used on cpu: .*; backend='torch' always can"):
-        resolve("csrc", "cpu")
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot be used on cpu: .*; backend='torch' always can"):
+        resolve("triton", "cpu")
 
 
 def test_triton_on_a_cpu_only_in_the_interpreter(monkeypatch):
@@ -278,4 +281,36 @@ def test_available_backends():
     found = available_backends()
     assert list(found) == ["torch", "triton", "csrc"]
     assert found["torch"] is None
-    assert found["csrc"] == "not part of this version"
+
+
+@pytest.mark.parametrize(
+    ("error", "compilers", "message"),
+    [
+        (ModuleNotFoundError("no", name="dpo_fast._csrc"), "/bin/c++", "it was not built: run `pip install"),
+        (ModuleNotFoundError("no", name="dpo_fast._csrc"), None, "there is no C\\+\\+ compiler here .apt install g"),
+        (ImportError("undefined symbol: _ZN2at5emptyE"), "/bin/c++", "another torch .undefined symbol.*: run `pip"),
+    ],
+)
+def test_an_extension_that_is_not_there_says_why(monkeypatch, error, compilers, message):
+    def missing(name):
+        raise error
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: compilers)
+    with pytest.raises(backends._MissingError, match=message):
+        backends._csrc("cpu")
+
+
+def test_an_extension_of_another_torch_is_not_used(monkeypatch):
+    old = types.SimpleNamespace(TORCH_VERSION="2.0.1", WITH_CUDA=False)
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: old)
+    with pytest.raises(backends._MissingError, match=r"built for torch 2\.0\.1"):
+        backends._csrc("cpu")
+
+
+def test_the_extension_is_built():
+    """Where the tests run there is a compiler: a build that fails in silence would leave its half of the tests out."""
+    if importlib.util.find_spec("dpo_fast._csrc") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler: the extension cannot be built")
+    assert resolve(None, "cpu").name == "csrc"
+    assert resolve(None, "cpu", torch.float64).name == "torch"

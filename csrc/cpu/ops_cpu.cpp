@@ -1,0 +1,290 @@
+// The ops on a processor: rows in parallel, each by one thread, so that results do not depend on how many there are.
+//
+//   logps_fwd   1 read of the scored rows                 residual_   1 read, 1 write, in the cache for a row that fits it
+//   logps_bwd   1 read, 1 write                           dpo_fused   2 reads, 1 write
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "../losses.h"
+#include "rows.h"
+
+namespace dpo_fast {
+namespace {
+
+using at::Tensor;
+using Rows = std::vector<int64_t>;
+
+const RowKernels& row_kernels(at::ScalarType dtype) {
+  static const RowKernels* const rows = [] {
+#if defined(__x86_64__) || defined(_M_X64)
+    // torch's own choice; the environment variable ATEN_CPU_CAPABILITY lowers it.
+    const std::string found = at::get_cpu_capability();
+    if (found == "AVX512") return rows_avx512();
+    if (found == "AVX2") return rows_avx2();
+#endif
+    return rows_default();
+  }();
+  switch (dtype) {
+    case at::kFloat: return rows[0];
+    case at::kBFloat16: return rows[1];
+    case at::kHalf: return rows[2];
+    default: TORCH_CHECK(false, "logits are ", dtype, ": float32, bfloat16 or float16");
+  }
+}
+
+// Rows of logits, and where their words are.
+struct Logits {
+  Logits(const Tensor& x, const Tensor& target_ids)
+      : data(static_cast<char*>(x.data_ptr())), N(x.size(0)), V(x.size(1)), dtype(x.scalar_type()),
+        size(x.element_size()), stride(x.stride(0) * size), kernels(row_kernels(dtype)),
+        targets(target_ids.const_data_ptr<int64_t>()) {
+    TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || V == 1), "rows of logits have gaps");
+    TORCH_CHECK(target_ids.is_contiguous() && target_ids.numel() == N, "one target a row");
+  }
+
+  char* row(int64_t n) const { return data + n * stride; }
+
+  float at(int64_t n, int64_t v) const {
+    const char* p = row(n) + v * size;
+    switch (dtype) {
+      case at::kFloat: return *reinterpret_cast<const float*>(p);
+      case at::kBFloat16: return *reinterpret_cast<const at::BFloat16*>(p);
+      default: return *reinterpret_cast<const at::Half*>(p);
+    }
+  }
+
+  void set(int64_t n, int64_t v, float value) const {
+    char* p = row(n) + v * size;
+    switch (dtype) {
+      case at::kFloat: *reinterpret_cast<float*>(p) = value; break;
+      case at::kBFloat16: *reinterpret_cast<at::BFloat16*>(p) = value; break;
+      default: *reinterpret_cast<at::Half*>(p) = value;
+    }
+  }
+
+  char* data;
+  int64_t N, V;
+  at::ScalarType dtype;
+  int64_t size, stride;
+  const RowKernels& kernels;
+  const int64_t* targets;
+};
+
+struct Softmax {
+  Softmax(double scale, std::optional<double> softcap, double temperature)
+      : transform{float(softcap ? scale / *softcap : scale / temperature),
+                  float(softcap ? *softcap / temperature : 1.0), softcap.has_value()},
+        slope(scale / temperature), temperature(temperature) {}
+
+  float z(float x) const {
+    return transform.capped ? transform.out * std::tanh(transform.in * x) : transform.in * x;
+  }
+
+  // dz/dx over scale / temperature.
+  float bend(float x) const {
+    const float u = transform.capped ? std::tanh(transform.in * x) : 0.0f;
+    return 1 - u * u;
+  }
+
+  Transform transform;
+  float slope, temperature;
+};
+
+// Rows with and without a target: each kind is spread evenly over the threads.
+std::pair<Rows, Rows> sorted_rows(const Logits& x, int64_t ignore_index) {
+  Rows scored, ignored;
+  for (int64_t n = 0; n < x.N; n++) (x.targets[n] == ignore_index ? ignored : scored).push_back(n);
+  return {scored, ignored};
+}
+
+template <typename F>
+void each(const Rows& rows, F f) {
+  at::parallel_for(0, rows.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(rows[i]);
+  });
+}
+
+// The log-prob of a row's target; NaN where the row holds NaN, +inf or nothing but -inf.
+float log_prob(const RowSums& sums, float z) {
+  return std::isfinite(sums.top) ? float(double(z) - double(sums.top) - std::log(double(sums.total))) : NAN;
+}
+
+void write_statistics(float* out, int64_t N, const RowSums& sums, float z, const Logits& x, const Softmax& softmax) {
+  const double total = sums.total, log_total = std::log(total);
+  out[0] = log_total - sums.weighted / total;                    // entropy
+  out[N] = double(sums.plain) / x.V * softmax.temperature;       // mean_logits
+  out[2 * N] = z >= sums.top;                                    // is_top1
+  out[3 * N] = std::log(double(sums.squares)) - 2 * log_total;   // log_sum_sq_probs
+}
+
+// out = factor * (onehot - softmax) * dz/dx over slope, where softmax = exp(z - shift) * weight and `rest` is one minus
+// that of the target.
+void write_gradient(const Logits& x, const Logits& out, int64_t n, const Softmax& softmax, float shift, float weight,
+                    float rest, float factor) {
+  if (factor == 0) {
+    std::memset(out.row(n), 0, out.V * out.size);
+    return;
+  }
+  const int64_t target = x.targets[n];
+  const float at_target = factor * rest * softmax.bend(x.at(n, target));
+  if (std::isfinite(shift)) {
+    x.kernels.gradient(x.row(n), out.row(n), x.V, softmax.transform, shift, -factor * weight);
+    out.set(n, target, at_target);
+  } else {
+    for (int64_t v = 0; v < x.V; v++) out.set(n, v, NAN);
+  }
+}
+
+// A gradient is fresh memory: the kernel hands it out 4 KB at a time, which takes longer than to compute it, unless asked.
+void prefer_huge_pages(const Tensor& out) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + out.nbytes()) / kPage * kPage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void zero(const Logits& out, const Rows& rows) {
+  each(rows, [&](int64_t n) { std::memset(out.row(n), 0, out.V * out.size); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> logps_fwd(const Tensor& logits, const Tensor& targets, int64_t ignore_index,
+                                             double scale, std::optional<double> softcap, double temperature,
+                                             bool statistics) {
+  const Logits x(logits, targets);
+  const Softmax softmax(scale, softcap, temperature);
+  const auto options = logits.options().dtype(at::kFloat);
+  Tensor logps = at::zeros({x.N}, options), lse = at::zeros({x.N}, options);
+  Tensor stats = at::zeros({statistics ? 4 : 0, x.N}, options);
+  float *logps_ptr = logps.data_ptr<float>(), *lse_ptr = lse.data_ptr<float>();
+  float* stats_ptr = statistics ? stats.data_ptr<float>() : nullptr;
+  each(sorted_rows(x, ignore_index).first, [&](int64_t n) {
+    const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, statistics);
+    const float z = softmax.z(x.at(n, x.targets[n]));
+    logps_ptr[n] = log_prob(sums, z);
+    lse_ptr[n] = sums.top + std::log(sums.total);
+    if (statistics) write_statistics(stats_ptr + n, x.N, sums, z, x, softmax);
+  });
+  return {logps, lse, stats};
+}
+
+void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& coef, int64_t ignore_index,
+               double scale, std::optional<double> softcap, double temperature, const Tensor& out) {
+  const Logits x(logits, targets), g(out, targets);
+  if (g.data != x.data) prefer_huge_pages(out);
+  const Softmax softmax(scale, softcap, temperature);
+  const Tensor lse_row = lse.contiguous(), coef_row = coef.to(at::kFloat).contiguous();
+  const float *lse_ptr = lse_row.const_data_ptr<float>(), *coef_ptr = coef_row.const_data_ptr<float>();
+  const auto [scored, ignored] = sorted_rows(x, ignore_index);
+  each(scored, [&](int64_t n) {
+    const float rest = -std::expm1(softmax.z(x.at(n, x.targets[n])) - lse_ptr[n]);
+    write_gradient(x, g, n, softmax, lse_ptr[n], 1, rest, coef_ptr[n] * softmax.slope);
+  });
+  zero(g, ignored);
+}
+
+std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets, double scale,
+                                     std::optional<double> softcap, double temperature, bool statistics) {
+  const Logits x(logits, targets);
+  const Softmax softmax(scale, softcap, temperature);
+  const auto options = logits.options().dtype(at::kFloat);
+  Tensor logps = at::empty({x.N}, options), stats = at::empty({statistics ? 4 : 0, x.N}, options);
+  float* logps_ptr = logps.data_ptr<float>();
+  float* stats_ptr = statistics ? stats.data_ptr<float>() : nullptr;
+  at::parallel_for(0, x.N, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, statistics);
+      const float z = softmax.z(x.at(n, x.targets[n]));
+      logps_ptr[n] = log_prob(sums, z);
+      if (statistics) write_statistics(stats_ptr + n, x.N, sums, z, x, softmax);
+      write_gradient(x, x, n, softmax, sums.top, 1 / sums.total, -std::expm1(logps_ptr[n]), softmax.slope);
+    }
+  });
+  return {logps, stats};
+}
+
+std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets, const Tensor& cu_rows,
+                                     const std::optional<Tensor>& ref_logps, const Tensor& grad_scale, int64_t loss,
+                                     double beta, double label_smoothing, double tau, double gamma,
+                                     int64_t ignore_index, const Tensor& out) {
+  const Logits x(logits, targets), g(out, targets);
+  if (g.data != x.data) prefer_huge_pages(out);
+  const Softmax softmax(1, std::nullopt, 1);
+  const int64_t B = (cu_rows.numel() - 1) / 2;
+  const auto options = logits.options().dtype(at::kFloat);
+  Tensor losses = at::empty({B}, options), logps = at::empty({2 * B}, options);
+  const Tensor refs = ref_logps ? ref_logps->to(at::kFloat).contiguous() : at::zeros({2 * B}, options);
+  const int32_t* bounds = cu_rows.const_data_ptr<int32_t>();
+  float *losses_ptr = losses.data_ptr<float>(), *logps_ptr = logps.data_ptr<float>();
+  const float* refs_ptr = refs.const_data_ptr<float>();
+  const LossOptions chosen{Loss(loss), float(beta), float(label_smoothing), float(tau), float(gamma)};
+
+  std::vector<float> top(x.N), total(x.N), row_logps(x.N), coef(2 * B);
+  auto [scored, ignored] = sorted_rows(x, ignore_index);
+  each(scored, [&](int64_t n) {
+    const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, false);
+    top[n] = sums.top, total[n] = sums.total, row_logps[n] = log_prob(sums, x.at(n, x.targets[n]));
+  });
+
+  std::vector<float> lengths(2 * B);
+  for (int64_t s = 0; s < 2 * B; s++) {
+    double sum = 0;
+    int64_t length = 0;
+    for (int64_t n = bounds[s]; n < bounds[s + 1]; n++) {
+      if (x.targets[n] == ignore_index) continue;
+      sum += row_logps[n];
+      length++;
+    }
+    logps_ptr[s] = sum;
+    lengths[s] = std::max<int64_t>(length, 1);
+  }
+  const float factor = grad_scale.item<float>();
+  for (int64_t i = 0; i < B; i++) {
+    const int64_t w = i, l = B + i;
+    const Pair pair{logps_ptr[w], logps_ptr[l], refs_ptr[w], refs_ptr[l], lengths[w], lengths[l]};
+    const PairLoss found = pair_loss(pair, chosen);
+    losses_ptr[i] = found.loss;
+    coef[w] = found.gw * factor, coef[l] = found.gl * factor;
+  }
+
+  // From the last row to the first: the rows read last are still in the cache.
+  std::reverse(scored.begin(), scored.end());
+  each(scored, [&](int64_t n) {
+    const int64_t s = std::upper_bound(bounds, bounds + 2 * B + 1, n) - bounds - 1;
+    write_gradient(x, g, n, softmax, top[n], 1 / total[n], -std::expm1(row_logps[n]), coef[s]);
+  });
+  zero(g, ignored);
+  return {losses, logps};
+}
+
+void scale_(const Tensor& x, const Tensor& factor) {
+  if (factor.item<double>() != 1.0) const_cast<Tensor&>(x).mul_(factor);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dpo_fast_csrc, CPU, m) {
+  m.impl("logps_fwd", logps_fwd);
+  m.impl("logps_bwd", logps_bwd);
+  m.impl("residual_", residual_);
+  m.impl("dpo_fused", dpo_fused);
+  m.impl("scale_", scale_);
+}
+
+}  // namespace dpo_fast

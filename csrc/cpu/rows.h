@@ -1,0 +1,32 @@
+// What a processor does with one row of logits. rows_kernel.h has it once; rows_{default,avx2,avx512}.cpp compile it for
+// what a processor can do.
+#pragma once
+
+#include <cstdint>
+
+namespace dpo_fast {
+
+// Before the softmax: z = out * tanh(in * x) where logits are soft-capped, z = in * x where not.
+struct Transform {
+  float in, out;
+  bool capped;
+};
+
+// Sums over a row of V words, with e = exp(z - top).
+struct RowSums {
+  float top, total;                // the largest z, and the sum of e
+  float weighted, squares, plain;  // sums of e * (z - top), of e * e and of z; with statistics
+};
+
+struct RowKernels {
+  RowSums (*reduce)(const void* x, int64_t V, const Transform& t, bool statistics);
+  // out = factor * exp(z - shift) * (1 - tanh^2 where capped); out may be x. shift is at least the largest z.
+  void (*gradient)(const void* x, void* out, int64_t V, const Transform& t, float shift, float factor);
+};
+
+// Three each: float32, bfloat16, float16.
+const RowKernels* rows_default();
+const RowKernels* rows_avx2();
+const RowKernels* rows_avx512();
+
+}  // namespace dpo_fast

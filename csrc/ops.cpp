@@ -1,0 +1,40 @@
+// The extension's ops: their schemas once, for the processor and for CUDA; the dispatcher chooses. Python sees them as
+// torch.ops.dpo_fast_csrc.* through dpo_fast/csrc.py, whose functions are the launchers that reference.py describes.
+//
+// logits [N, V] with entries of a row next to each other and rows of any stride, targets [N] int64, in [0, V) or
+// ignore_index (checked by the caller). Log-probs, sums and statistics are float32; statistics are [4, N] in the order of
+// reference.OUTPUTS, or [0, N]. `out` may be `logits`.
+
+#include <torch/extension.h>
+#include <torch/version.h>
+
+#include "losses.h"
+
+TORCH_LIBRARY(dpo_fast_csrc, m) {
+  m.def(
+      "logps_fwd(Tensor logits, Tensor targets, int ignore_index, float scale, float? softcap, float temperature, "
+      "bool statistics) -> (Tensor logps, Tensor lse, Tensor statistics)");
+  m.def(
+      "logps_bwd(Tensor logits, Tensor targets, Tensor lse, Tensor coef, int ignore_index, float scale, "
+      "float? softcap, float temperature, Tensor(a!) out) -> ()");
+  m.def(
+      "residual_(Tensor(a!) logits, Tensor targets, float scale, float? softcap, float temperature, bool statistics) "
+      "-> (Tensor logps, Tensor statistics)");
+  m.def(
+      "dpo_fused(Tensor logits, Tensor targets, Tensor cu_rows, Tensor? ref_logps, Tensor grad_scale, int loss, "
+      "float beta, float label_smoothing, float tau, float gamma, int ignore_index, Tensor(a!) out) "
+      "-> (Tensor losses, Tensor logps)");
+  m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Registers torch.ops.dpo_fast_csrc, and says how it was built.";
+  std::vector<std::string> losses(std::begin(dpo_fast::kLossNames), std::end(dpo_fast::kLossNames));
+  m.attr("losses") = losses;
+  m.attr("torch_version") = TORCH_VERSION;
+#ifdef DPO_FAST_CUDA
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+}

@@ -1,0 +1,67 @@
+"""The launchers of the compiled extension (csrc/), with the signatures of reference.py.
+
+What stands here is the way to its ops, torch.ops.dpo_fast_csrc.*; the dispatcher takes the processor's or CUDA's.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .reference import OUTPUTS
+
+_csrc = importlib.import_module("._csrc", __package__)
+
+LOSS_IDS = {name: k for k, name in enumerate(_csrc.losses)}
+WITH_CUDA = _csrc.cuda
+TORCH_VERSION = _csrc.torch_version  # that it was compiled for
+
+_ops = torch.ops.dpo_fast_csrc
+
+
+def _named(statistics: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    rows = {name: statistics[OUTPUTS.index(name)] for name in outputs}
+    return {name: row.bool() if name == "is_top1" else row for name, row in rows.items()}
+
+
+def logps_fwd(logits, targets, *, ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, outputs=()):
+    logps, lse, stats = _ops.logps_fwd(logits, targets, ignore_index, scale, softcap, temperature, bool(outputs))
+    return logps, lse, _named(stats, outputs)
+
+
+def logps_bwd(logits, targets, lse, coef, *, ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, out):
+    _ops.logps_bwd(logits, targets, lse, coef, ignore_index, scale, softcap, temperature, out)
+    return out
+
+
+def residual_(logits, targets, *, scale=1.0, softcap=None, temperature=1.0, outputs=()):
+    logps, stats = _ops.residual_(logits, targets, scale, softcap, temperature, bool(outputs))
+    return logps, _named(stats, outputs)
+
+
+def dpo_fused(
+    logits,
+    targets,
+    cu_rows,
+    ref_logps,
+    grad_scale,
+    *,
+    loss_type,
+    beta,
+    label_smoothing,
+    options,
+    ignore_index=-100,
+    out,
+):
+    if not isinstance(grad_scale, Tensor):
+        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=logits.device)
+    numbers = beta, label_smoothing, options.get("discopop_tau", 0.05), options.get("simpo_gamma", 0.5)
+    losses, logps = _ops.dpo_fused(
+        logits, targets, cu_rows, ref_logps, grad_scale, LOSS_IDS[loss_type], *numbers, ignore_index, out
+    )
+    return losses, logps, out
+
+
+def scale_(x, factor):
+    _ops.scale_(x, factor)
+    return x
