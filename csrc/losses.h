@@ -69,8 +69,8 @@ DPO_HOST_DEVICE PairLoss pair_loss(const Pair& p, const LossOptions& o) {
       return {-log_sigmoid(y), g / p.nw, -g / p.nl};
     }
     case Loss::hinge:
-      // A NaN margin is a NaN loss.
-      return of_margin(1 - x <= 0 ? 0.0f : 1 - x, b, 1 - x > 0 ? -1.0f : 0.0f);
+      // A NaN margin is a NaN loss with the slope of a loss, as in PyTorch.
+      return of_margin(1 - x <= 0 ? 0.0f : 1 - x, b, 1 - x <= 0 ? 0.0f : -1.0f);
     case Loss::ipo: {
       const float z = dw / p.nw - dl / p.nl - 0.5f / b;
       return {z * z, 2 * z / p.nw, -2 * z / p.nl};

@@ -85,7 +85,7 @@ def _dpo_norm(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
 @triton.jit
 def _hinge(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
     left = 1.0 - b * ((pw - rw) - (pl - rl))
-    g = tl.where(left > 0, -b, 0.0)
+    g = tl.where(left <= 0, 0.0, -b)
     return tl.where(left <= 0, 0.0, left), g, -g
 
 
