@@ -33,11 +33,13 @@ class ForestCollator:
     """Examples -> {"parts": [Part, ...]}, every pair in one part, order kept.
 
     An example has `prompt_ids`, `chosen_ids`, `rejected_ids`, maybe `index`, and maybe `ref_chosen_logps` and
-    `ref_rejected_logps` (floats).
+    `ref_rejected_logps` (floats). `margin`: the loss is `losses.margin_only`, so what cancels needs no backward pass.
     """
 
-    def __init__(self, share: str = "prefix", keep_last: bool = False, max_tokens: int | None = None):
-        self.share, self.keep_last, self.max_tokens = share, keep_last, max_tokens
+    def __init__(
+        self, share: str = "prefix", keep_last: bool = False, max_tokens: int | None = None, margin: bool = False
+    ):
+        self.share, self.keep_last, self.max_tokens, self.margin = share, keep_last, max_tokens, margin
 
     def __call__(self, examples: Sequence[Mapping]) -> dict[str, list[Part]]:
         return {"parts": [self.part(group) for group in self.split(examples)]}
@@ -50,6 +52,8 @@ class ForestCollator:
             if not ref.isfinite().all():
                 raise ValueError("ref_chosen_logps and ref_rejected_logps must be finite numbers")
         forest = PrefixForest.from_pairs(examples, share=self.share, keep_last=self.keep_last)
+        if self.margin:
+            forest = forest.cancelling_last()
         index = torch.tensor([e.get("index", -1) for e in examples])
         pairs = len(examples)
         return Part(forest, index, ref, pairs, int(forest.lengths[:pairs].sum()))

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .backends import BACKENDS, resolve
 from .losses import LOSSES, reference_free, validate_loss_options
-from .ops import BACKENDS
 from .packing import SHARE_MODES
 
 # name -> (values that are fine, why no other is)
@@ -181,8 +181,8 @@ class DPOConfig(TrainingArguments):
             raise ValueError("dpo_fast cannot honour remove_unused_columns=True: the data has columns of its own")
         if self.share not in SHARE_MODES:
             raise ValueError(f"share={self.share!r} is not one of {', '.join(SHARE_MODES)}")
-        if self.backend not in (None, *BACKENDS):
-            raise ValueError(f"backend={self.backend!r} is not one of {', '.join(BACKENDS)}")
+        if self.backend is not None:
+            resolve(self.backend, self.device)
         for name in ("max_length", "max_tokens_per_batch", "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -49,10 +49,19 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _details(backend: str) -> str:
+    """What is in use of a back end that comes in several forms."""
+    if backend != "csrc":
+        return ""
+    from . import csrc
+
+    return f" ({csrc.INSTRUCTION_SET}{', CUDA' if csrc.WITH_CUDA else ''})"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print it all; returns the exit status."""
     argparse.ArgumentParser(prog="python -m dpo_fast.info", description=__doc__.splitlines()[0]).parse_args(argv)
-    backends = {name: why or "available" for name, why in available_backends().items()}
+    backends = {name: why or f"available{_details(name)}" for name, why in available_backends().items()}
     for title, rows in (("Versions", versions()), ("Devices", devices()), ("Back ends", backends)):
         print(title)
         for name, value in rows.items():

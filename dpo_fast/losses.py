@@ -62,6 +62,7 @@ class Loss:
     """A row of `LOSSES`."""
 
     formula: Callable[[Terms], Tensor]
+    margin: bool = False  # reads chosen_logps - rejected_logps alone, so its two derivatives are opposite numbers
     needs_reference: bool = True
     needs_lengths: tuple[str, ...] = ()  # the arguments that must be known
     over_batch: bool = False  # a pair's loss depends on the other pairs: splitting a batch changes it
@@ -105,25 +106,25 @@ def _log_odds(avg: Tensor) -> Tensor:
 
 LOSSES: dict[str, Loss] = {
     # DPO, arXiv 2305.18290 eq. 7; e > 0 is its conservative form: labels are flipped with probability e
-    "sigmoid": Loss(lambda t: _smooth(t.b * t.d, t.e), label_smoothing=_UNIT, f_divergence=True),
+    "sigmoid": Loss(lambda t: _smooth(t.b * t.d, t.e), margin=True, label_smoothing=_UNIT, f_divergence=True),
     # DPO on means over tokens, Tulu 3, arXiv 2411.15124
     "sigmoid_norm": Loss(lambda t: -_ls(t.b * t.d_norm), needs_lengths=_BOTH, f_divergence=True),
     # SLiC, arXiv 2305.10425, on log-ratios as in RSO, arXiv 2309.06657
-    "hinge": Loss(lambda t: torch.relu(1 - t.b * t.d), f_divergence=True),
+    "hinge": Loss(lambda t: torch.relu(1 - t.b * t.d), margin=True, f_divergence=True),
     # IPO, arXiv 2310.12036 eq. 17 (beta is its tau) on means over tokens
     "ipo": Loss(lambda t: (t.d_norm - 0.5 / t.b) ** 2, needs_lengths=_BOTH, f_divergence=True),
     # EXO, arXiv 2402.00856 eq. 16 for two completions
-    "exo_pair": Loss(lambda t: _exo(t.b * t.d, t.e), label_smoothing="(0, 1)", f_divergence=True),
+    "exo_pair": Loss(lambda t: _exo(t.b * t.d, t.e), margin=True, label_smoothing="(0, 1)", f_divergence=True),
     # NCA, arXiv 2402.05369, for two completions
     "nca_pair": Loss(lambda t: -_ls(t.b * t.dw) - 0.5 * _ls(-t.b * t.dw) - 0.5 * _ls(-t.b * t.dl)),
     # robust DPO, arXiv 2403.00409: unbiased when labels are flipped with probability e
-    "robust": Loss(lambda t: _robust(t.b * t.d, t.e), label_smoothing="[0, 0.5)", f_divergence=True),
+    "robust": Loss(lambda t: _robust(t.b * t.d, t.e), margin=True, label_smoothing="[0, 0.5)", f_divergence=True),
     # BCO, arXiv 2404.04656, without the reward shift
     "bco_pair": Loss(lambda t: -_ls(t.b * t.dw) - _ls(-t.b * t.dl)),
     # SPPO, arXiv 2405.00675 eq. 4.7 with P = 1 for the chosen and 0 for the rejected
     "sppo_hard": Loss(lambda t: (t.dw - 0.5 / t.b) ** 2 + (t.dl + 0.5 / t.b) ** 2),
     # AOT, arXiv 2406.05882 section 3: quantiles over the batch, paired
-    "aot": Loss(lambda t: _smooth(t.b * t.q, t.e), over_batch=True, label_smoothing=_UNIT),
+    "aot": Loss(lambda t: _smooth(t.b * t.q, t.e), margin=True, over_batch=True, label_smoothing=_UNIT),
     # AOT, unpaired
     "aot_unpaired": Loss(lambda t: _smooth(t.b * t.q_unpaired, t.e), over_batch=True, label_smoothing=_UNIT),
     # APO, arXiv 2408.06266 eq. 7
@@ -131,7 +132,7 @@ LOSSES: dict[str, Loss] = {
     # APO, eq. 8
     "apo_down": Loss(lambda t: _s(t.b * t.dw) + _s(-t.b * (t.dw - t.dl))),
     # DiscoPOP, arXiv 2406.08414 eq. 5
-    "discopop": Loss(lambda t: _discopop(t.b * t.d, t.tau), f_divergence=True, options=("discopop_tau",)),
+    "discopop": Loss(lambda t: _discopop(t.b * t.d, t.tau), margin=True, f_divergence=True, options=("discopop_tau",)),
     # negative log-likelihood of the chosen tokens
     "sft": Loss(lambda t: t.nll, needs_reference=False, needs_lengths=_MEAN, token_mean=True, f_divergence=True),
     # SimPO, arXiv 2405.14734 eq. 6
@@ -193,6 +194,15 @@ def _weighted(loss_type: str | Sequence[str], loss_weights: Sequence[float] | No
 def reference_free(loss_type: str | Sequence[str]) -> bool:
     """True when no loss in `loss_type` (a name or a list of names) takes a reference. ValueError for unknown names."""
     return not any(LOSSES[name].needs_reference for name, _ in _weighted(loss_type))
+
+
+def margin_only(loss_type: str | Sequence[str], f_divergence_type: str = "reverse_kl") -> bool:
+    """True when dL/dchosen_logps = -dL/drejected_logps for each pair, whatever the data: every loss is a margin loss.
+
+    Other divergences bend the log-ratio of each side by itself. `pair_weights` are one number a pair. `ld_alpha` leaves
+    the tokens up to the shorter length alone, so a token that both sides begin with weighs the same in both.
+    """
+    return f_divergence_type == "reverse_kl" and all(LOSSES[name].margin for name, _ in _weighted(loss_type))
 
 
 def validate_loss_options(

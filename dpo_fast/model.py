@@ -204,7 +204,8 @@ def _probe(model, plan: Plan, expected: torch.Tensor) -> str | None:
     forest = forest.to(expected.device)
     try:
         with evaluating(model):
-            logps = model(forest=forest)["token_logps"].double()
+            # The model may still be on the CPU, where the back end of the run's device need not work.
+            logps = model(forest=forest, backend=None)["token_logps"].double()
     except Exception as error:
         return f"its forward does not hand the forest on: {error}"
     picked = expected.gather(1, forest.targets[:, None])[:, 0]
@@ -228,7 +229,7 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
 
     # `generate` reads the signature to know that it may pass position_ids and an attention_mask.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, forest: PrefixForest | None = None, outputs=(), aux_loss=False, **kwargs):
+    def forward(self, *args, forest: PrefixForest | None = None, outputs=(), aux_loss=False, backend=backend, **kwargs):
         if forest is None:
             # By way of self: in a deep copy, `original` is still bound to the first model.
             return (original if own is None else types.MethodType(own, self))(*args, **kwargs, **extra)
@@ -242,6 +243,7 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
             logit_scale=plan.head.logit_scale,
             softcap=plan.head.softcap,
             outputs=tuple(outputs),
+            grad_rows=forest.grad_items,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )

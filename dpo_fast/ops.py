@@ -170,6 +170,7 @@ def linear_token_logps(
     softcap: float | None = None,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
+    grad_rows: int | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     backend: str | None = None,
     debug: bool = False,
@@ -178,30 +179,32 @@ def linear_token_logps(
 
     hidden [N, D], weight [V, D], targets [N] int64 (none ignored), bias [V]. `logit_scale`, `softcap`, `temperature`,
     `outputs` and what comes back are those of `token_logps`. `workspace_bytes` bounds what is kept for backward when
-    the head is trained; past it logits are computed again. Under autocast the head runs in autocast's type, as
-    `nn.Linear` does.
-    Raises ValueError for shapes that do not fit, an unknown output, or a target outside [0, V).
+    the head is trained; past it logits are computed again. Only the first `grad_rows` rows (default: all) take part in
+    the backward pass. Under autocast the head runs in autocast's type, as `nn.Linear` does.
+    Raises ValueError for shapes that do not fit, an unknown output, a target outside [0, V), or `grad_rows` outside
+    [0, N].
     """
     checks.check_head(hidden, weight, bias)
     checks.check_targets_like(targets, hidden, "hidden")
     checks.check_transform(logit_scale, softcap, temperature, outputs)
+    fits = grad_rows is None or 0 <= grad_rows <= len(targets)
+    checks.require(fits, f"grad_rows is {grad_rows}: give a number of rows in [0, {len(targets)}]")
     hidden, weight = _head_types(hidden, weight)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     keep = "residual" if trained else "dh" if hidden.requires_grad else ""
-    logps, stats, _, _ = head_ops.linear_token_logps(
-        hidden,
-        weight,
-        targets,
-        bias,
-        float(logit_scale),
-        softcap,
-        float(temperature),
-        ",".join(outputs),
-        keep if torch.is_grad_enabled() else "",
-        workspace_bytes,
-        backend or "",
-        debug,
-    )
+    transform = float(logit_scale), softcap, float(temperature)
+
+    def score(hidden, targets, keep):
+        settings = ",".join(outputs), keep, workspace_bytes, backend or "", debug
+        return head_ops.linear_token_logps(hidden, weight, targets, bias, *transform, *settings)[:2]
+
+    if not torch.is_grad_enabled() or grad_rows is None or grad_rows == len(targets):
+        logps, stats = score(hidden, targets, keep if torch.is_grad_enabled() else "")
+    else:
+        first = score(hidden[:grad_rows], targets[:grad_rows], keep)
+        with torch.no_grad():
+            rest = score(hidden[grad_rows:], targets[grad_rows:], "")
+        logps, stats = (torch.cat(parts, -1) for parts in zip(first, rest, strict=True))
     return (logps, unstacked(stats, outputs)) if outputs else logps
 
 

@@ -54,7 +54,8 @@ def flat_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tenso
     stride = logits.stride(1) if length > 1 else logits.stride(0)
     rows = logits.as_strided((n, words), (stride, 1))
     if period == length:
-        return rows, targets.reshape(-1)
+        # A slice of one column is [S] without a copy, and has gaps.
+        return rows, targets.reshape(-1).contiguous()
     padded = targets.new_full((sequences, period), ignore_index)
     padded[:, :length] = targets
     return rows, padded.view(-1)[:n]

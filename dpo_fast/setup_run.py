@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DPOConfig
-from .losses import LOSSES
+from .losses import LOSSES, margin_only
 from .model import Plan, base_model, has_aux_loss, prepare_model, restore_model
 from .prepare import PairDataset, prepare
 from .ref_model import ADAPTER, CACHED, MODEL, choose, frozen_copy
@@ -37,8 +37,9 @@ class Setup:
     foreign_reference: bool  # the reference was passed in: it may differ from the policy at the start
     aux_coef: float
     token_mean: bool  # a loss is a mean over chosen tokens
+    margin: bool  # the loss depends on the margin alone: tokens that both sides have need no backward pass
     loss_options: dict[str, Any]
-    flops: Callable[[float, float], float]
+    flops: Callable[[float, float, float], float]
 
 
 def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows, eval_rows) -> Setup:
@@ -94,6 +95,7 @@ def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows
         foreign_reference=foreign,
         aux_coef=aux_coefficient(model, args),
         token_mean=any(LOSSES[n].token_mean for n in args.loss_type),
+        margin=margin_only(args.loss_type, args.f_divergence_type),
         loss_options={
             "loss_type": args.loss_type,
             "loss_weights": args.loss_weights,
@@ -187,13 +189,17 @@ def is_sharded(args: DPOConfig) -> bool:
     return bool(args.fsdp or args.deepspeed or any(os.environ.get(f, "false").lower() == "true" for f in flags))
 
 
-def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[float, float], float]:
-    """`flops(rows, live)`: 2 a weight and row forward, 2 for its input's gradient, 2 more where it is trained."""
+def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[float, float, float], float]:
+    """`flops(rows, live, grad)`: 2 a weight and row forward, 2 for its input's gradient, 2 more where it is trained.
+
+    Of `live` rows in the head, `grad` take part in the backward pass.
+    """
 
     def cost(parameters) -> int:
         return sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters)
 
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     trunk = cost(p for p in model.parameters() if p.ndim > 1 and id(p) not in tables | {id(head.weight)})
-    per_live = cost([head.weight])
-    return lambda rows, live: rows * trunk + live * per_live
+    forward = 2 * head.weight.numel()
+    backward = cost([head.weight]) - forward
+    return lambda rows, live, grad: rows * trunk + live * forward + grad * backward

@@ -13,9 +13,9 @@ class Speed:
     """Counts between two logs; time spent in evaluation and saving does not count."""
 
     def __init__(self):
-        self._counts: torch.Tensor | list[float] = [0.0] * 5  # as `add` gets them
+        self._counts: torch.Tensor | list[float] = [0.0] * 6  # as `add` gets them
         self._tokens: torch.Tensor | float = 0.0  # not yet taken by `take_tokens`
-        self._totals: torch.Tensor | list[float] = [0.0] * 5  # as _counts, of the whole run
+        self._totals: torch.Tensor | list[float] = [0.0] * 6  # as _counts, of the whole run
         self._seconds = 0.0  # of the whole run, up to the last report
         self._pause = 0.0
         self.restart()
@@ -25,7 +25,7 @@ class Speed:
         self._since, self._pause = time.perf_counter(), 0.0
 
     def add(self, counts) -> None:
-        """Pairs, chosen tokens, tokens (unshared, unpadded), computed rows and live rows of one step, over all ranks."""
+        """Pairs, chosen tokens, tokens (unshared, unpadded), rows, live rows and those with a gradient, over all ranks."""
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
         self._totals = [a + b for a, b in zip(self._totals, counts, strict=True)]
         self._tokens = self._tokens + counts[2]
@@ -49,16 +49,16 @@ class Speed:
 
     def totals(self) -> dict[str, float]:
         """`seconds`, `pairs_per_second` and `tokens_saved` (a share) of the whole run, up to now."""
-        pairs, _, tokens, rows, _ = (float(c) for c in self._totals)
+        pairs, _, tokens, rows, *_ = (float(c) for c in self._totals)
         seconds = self._seconds + self._elapsed()
         return {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_saved": 1 - rows / max(tokens, 1)}
 
-    def report(self, flops: Callable[[float, float], float], accelerator) -> dict[str, float]:
-        """`perf/...` since the last report; `flops(rows, live rows)` gives the operations of a forward and backward."""
+    def report(self, flops: Callable[[float, float, float], float], accelerator) -> dict[str, float]:
+        """`perf/...` since the last report; `flops(rows, *live rows)` gives the operations of a forward and backward."""
         seconds = self._elapsed()
         self._seconds += seconds
-        pairs, _, tokens, rows, live = (float(c) for c in self._counts)
-        self._counts = [0.0] * 5
+        pairs, _, tokens, rows, *live = (float(c) for c in self._counts)
+        self._counts = [0.0] * 6
         self.restart()
         if not tokens:
             return {}
@@ -69,5 +69,5 @@ class Speed:
         }
         peak = peak_flops(accelerator.device)
         if peak is not None:
-            result["perf/mfu"] = flops(rows, live) / seconds / peak / accelerator.num_processes
+            result["perf/mfu"] = flops(rows, *live) / seconds / peak / accelerator.num_processes
         return result

@@ -76,7 +76,9 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=self.setup.model,
             args=args,
-            data_collator=ForestCollator(self.share, self.setup.aux_coef > 0, args.max_tokens_per_batch),
+            data_collator=ForestCollator(
+                self.share, self.setup.aux_coef > 0, args.max_tokens_per_batch, self.setup.margin
+            ),
             train_dataset=self.setup.train_dataset,
             eval_dataset=self.setup.eval_dataset,
             processing_class=self.setup.tokenizer,
@@ -190,10 +192,11 @@ class DPOTrainer(Trainer):
         """The micro-batches of one optimizer step, and the totals that its gradient is a mean over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         parts = [part for batch in batches for part in batch["parts"]]
-        counts = [0.0] * 5
+        counts = [0.0] * 6
         for part in parts:
             forest = part.forest
-            mine = (part.pairs, part.chosen_tokens, forest.num_tokens, forest.rows, forest.targets.numel())
+            live = forest.targets.numel(), forest.grad_items
+            mine = (part.pairs, part.chosen_tokens, forest.num_tokens, forest.rows, *live)
             counts = [a + b for a, b in zip(counts, mine, strict=True)]
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device))
@@ -346,4 +349,5 @@ class DPOTrainer(Trainer):
 
     def floating_point_ops(self, inputs) -> float:
         """Operations of a micro-batch, forward and backward, for the trainer's total."""
-        return sum(self.setup.flops(part.forest.rows, part.forest.targets.numel()) for part in inputs["parts"])
+        forests = [part.forest for part in inputs["parts"]]
+        return sum(self.setup.flops(f.rows, f.targets.numel(), f.grad_items) for f in forests)

@@ -22,7 +22,8 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, example: dict, share: str
     forest = PrefixForest.build([prompt] * 2, completions, share=share).to(parameter.device)
     differences = [torch.zeros(1, dtype=torch.float64, device=parameter.device)]
     with evaluating(model), torch.autocast(parameter.device.type, enabled=False):
-        ours = forest.gather_paths(model(forest=forest)["token_logps"]).double()
+        # Any back end: a model that FSDP will move is still on the CPU.
+        ours = forest.gather_paths(model(forest=forest, backend=None)["token_logps"]).double()
         for s, completion in enumerate(completions):
             ids = torch.tensor([prompt + completion], device=parameter.device)
             if plan.path == "segments":

@@ -1,11 +1,12 @@
 """What the tests of the ops share: back ends that run here, batches, and the rule by which results are compared."""
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
-from dpo_fast import reference
+from dpo_fast import backends, reference
 from dpo_fast.backends import resolve
 from dpo_fast.losses import preference_loss
 from dpo_fast.sequences import scored_lengths, segment_sum
@@ -32,6 +33,46 @@ def back_ends() -> list[str]:
 @pytest.fixture(params=back_ends())
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def table():
+    """The table of back ends, for a test to add some; what is loaded is forgotten before and after."""
+    before = dict(backends.BACKENDS)
+    backends._load.cache_clear()
+    yield backends.BACKENDS
+    backends._load.cache_clear()
+    for name in backends.BACKENDS.keys() - before.keys():
+        del backends.BACKENDS[name]
+
+
+@pytest.fixture
+def recorded(table):
+    """The launchers that a back end called "recorded" has run; its rows are the reference's."""
+    seen, plain = set(), backends.resolve("torch", "cpu")
+
+    def record(name):
+        def launcher(*args, **options):
+            seen.add(name)
+            return getattr(plain, name)(*args, **options)
+
+        return launcher
+
+    names = [field.name for field in dataclasses.fields(plain) if field.name != "name"]
+    found = dataclasses.replace(plain, name="recorded", **{name: record(name) for name in names})
+    table["recorded"] = lambda device: found
+    return seen
+
+
+@pytest.fixture
+def missing(table):
+    """The error of a back end called "missing", which no device has."""
+
+    def loader(device):
+        raise backends._MissingError("it is not built: pip install again")
+
+    table["missing"] = loader
+    return "backend 'missing' cannot be used on cpu: it is not built: pip install again; backend='torch' always can"
 
 
 @pytest.fixture

@@ -118,6 +118,12 @@ def test_errors_end_as_one_line(arguments, changes, message, capsys):
 
 
 @pytest.mark.usefixtures("no_loading")
+def test_a_missing_back_end_is_an_error(arguments, tmp_path, missing, capsys):
+    assert failure([*arguments, "--backend", "missing"], capsys) == f"dpo_fast: error: {missing}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -310,6 +316,14 @@ def test_warnings_of_dpo_fast_are_one_line_each(arguments, tmp_path, capsys):
     assert main(argv) == 0
     warning = "dpo_fast: train data: 10 of 10 pairs have a completion cut at max_length=5\n"
     assert capsys.readouterr().err == warning
+
+
+def test_the_back_end_reaches_the_head(arguments, tmp_path, recorded):
+    argv = [*arguments, "--ref_cache_dir", str(tmp_path / "cache"), "--max_steps", "1"]
+    assert main(argv) == 0
+    assert not recorded
+    assert main([*argv, "--backend", "recorded"]) == 0
+    assert "residual_" in recorded
 
 
 def test_in_one_process_only_the_run_is_printed(arguments, tmp_path, capsys, monkeypatch):

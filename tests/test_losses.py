@@ -11,6 +11,7 @@ import torch
 from dpo_fast.losses import (
     F_DIVERGENCES,
     LOSSES,
+    margin_only,
     preference_loss,
     reference_free,
     sum_logps,
@@ -26,6 +27,7 @@ LOSS_NAMES = words(
 )
 REFERENCE_FREE = {"sft", "simpo", "orpo"}
 OVER_BATCH = {"aot", "aot_unpaired"}
+MARGIN = set(words("sigmoid hinge exo_pair robust aot discopop"))
 F_LOSSES = words("sigmoid sigmoid_norm hinge ipo exo_pair robust discopop")
 SMOOTHED = {"sigmoid": 0.1, "exo_pair": 0.01, "robust": 0.1, "aot": 0.1, "aot_unpaired": 0.1, "simpo": 0.1}
 
@@ -282,11 +284,11 @@ def test_alpha_near_one_in_float32():
 # ---- gradients and symmetries ----
 
 
-@pytest.mark.parametrize(
-    ("name", "f"),
-    [(name, "reverse_kl") for name in LOSS_NAMES]
-    + [(n, f) for n in F_LOSSES for f in F_DIVERGENCES if f != "reverse_kl"],
-)
+WITH_DIVERGENCES = [(name, "reverse_kl") for name in LOSS_NAMES]
+WITH_DIVERGENCES += [(name, f) for name in F_LOSSES for f in F_DIVERGENCES if f != "reverse_kl"]
+
+
+@pytest.mark.parametrize(("name", "f"), WITH_DIVERGENCES)
 def test_gradcheck(name, f):
     data = batch(name, pairs=4, seed=3)
     rest = {k: v for k, v in data.items() if k not in ("chosen_logps", "rejected_logps")}
@@ -296,6 +298,30 @@ def test_gradcheck(name, f):
 
     leaves = [data[key].clone().requires_grad_() for key in ("chosen_logps", "rejected_logps")]
     assert torch.autograd.gradcheck(per_pair, leaves)
+
+
+@pytest.mark.parametrize(("name", "f"), WITH_DIVERGENCES)
+def test_margin_losses_have_opposite_derivatives(name, f):
+    """dL/dchosen_logps + dL/drejected_logps is 0 for every pair where the table says so, and nowhere else."""
+    assert margin_only(name, f) == (name in MARGIN and f == "reverse_kl")
+    weights = None if LOSSES[name].over_batch or LOSSES[name].token_mean else torch.rand(6, dtype=torch.float64) + 0.5
+    for seed in range(5):
+        data = batch(name, seed=seed)
+        grad = grads(data, **options(name), f_divergence_type=f, pair_weights=weights)[1]
+        largest = grad.abs().amax()
+        assert largest > 0
+        if margin_only(name, f):
+            assert grad.sum(0).abs().amax() <= 1e-12 * largest
+        else:
+            assert grad.sum(0).abs().amax() > 1e-2 * largest
+
+
+def test_several_losses_are_a_margin_loss_where_each_is():
+    assert margin_only(["sigmoid", "hinge"])
+    assert not margin_only(["sigmoid", "sft"])
+    assert not margin_only("sigmoid", "js_divergence")
+    with pytest.raises(ValueError, match="loss_type is 'sigmod'"):
+        margin_only("sigmod")
 
 
 def test_only_the_loss_carries_a_gradient():

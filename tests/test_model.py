@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 
 import pytest
 import torch
@@ -382,6 +383,16 @@ def test_restore_undoes_everything():
     assert model.forward is not wrapped
     restore_model(model)
     assert vars(model)["forward"] is wrapped
+
+
+def test_a_model_on_the_cpu_is_prepared_for_the_back_end_of_another_device(missing):
+    """The trainer moves a model to its GPU after it was checked where it was loaded."""
+    model = build("llama")
+    plan = prepare_model(model, backend="missing")
+    assert plan.path == "shared"
+    verify.verify_sharing(model, plan, EXAMPLE, "prefix")
+    with pytest.raises(ValueError, match=re.escape(missing)):
+        forest_paths(model, "prefix")
 
 
 def test_preparing_twice_changes_nothing():

@@ -253,6 +253,20 @@ def test_no_rows():
     agree(run(linear_token_logps, *batch, outputs=ALL), run(reference.linear_token_logps, *batch, outputs=ALL))
 
 
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",), NAMES])
+@pytest.mark.parametrize("grad_rows", [0, 1, 7, 12, 13])
+@pytest.mark.parametrize("kept_rows", [0, 6, 1000])
+def test_rows_without_a_gradient(monkeypatch, needs, grad_rows, kept_rows):
+    """They are scored as ever, keep nothing, and their coefficients are not looked at."""
+    leaves, targets, grad = data(13, 4, 9)
+    few_rows(monkeypatch, 9, 3)
+    zeroed = grad.clone()
+    zeroed[grad_rows:] = 0
+    wanted = run(linear_token_logps, leaves, targets, zeroed, needs=needs, outputs=ALL)
+    kept = {"workspace_bytes": kept_rows * 9 * 8, "outputs": ALL}
+    agree(run(linear_token_logps, leaves, targets, grad, needs=needs, grad_rows=grad_rows, **kept), wanted)
+
+
 # ---- Half and single precision: at most twice plain torch's own error, plus a floor ----
 
 
@@ -438,6 +452,8 @@ def test_chunks_tile_the_rows(monkeypatch):
         ({"temperature": -1.0}, "temperature must be above 0"),
         ({"outputs": ("entropy", "perplexity")}, r"outputs \['perplexity'\] are not among entropy, "),
         ({"outputs": "entropy"}, "outputs must be a tuple of names"),
+        ({"grad_rows": 5}, r"grad_rows is 5: give a number of rows in \[0, 4\]"),
+        ({"grad_rows": -1}, "grad_rows is -1"),
         ({"weight": torch.zeros(6, 3, dtype=torch.bfloat16)}, "cast one of them"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -296,6 +297,29 @@ def test_a_loss_without_reference_loads_none(tmp_path):
     assert not (tmp_path / "ref").exists()
     with pytest.raises(ValueError, match="takes no reference"):
         DPOTrainer(tiny.llama(), tiny.llama(), config(tmp_path, loss_type=["simpo"]), train_dataset=tiny.pairs(4))
+
+
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": False}, {"loss_type": ["simpo"]}])
+def test_the_head_is_computed_by_the_back_end_that_is_named(tmp_path, recorded, options):
+    args = config(tmp_path, backend="recorded", **options)
+    trainer = DPOTrainer(tiny.llama(), args=args, train_dataset=tiny.pairs(4))
+    # Reference log-probs are scored by it too.
+    assert recorded == ({"logps_fwd"} if trainer.setup.reference == "cached" else set())
+    recorded.clear()
+    trainer.train()
+    assert recorded == ({"logps_fwd", "residual_"} if trainer.ref_model is not None else {"residual_"})
+
+
+def test_no_back_end_is_used_that_was_not_named(tmp_path, recorded):
+    train(tmp_path, tiny.llama(), tiny.pairs(4))
+    assert not recorded
+
+
+def test_a_missing_back_end_is_refused_at_once(tmp_path, missing):
+    with pytest.raises(ValueError, match=re.escape(missing)):
+        config(tmp_path, backend="missing")
+    with pytest.raises(ValueError, match="backend is 'tritn': give one of csrc, triton, torch"):
+        config(tmp_path, backend="tritn")
 
 
 def test_same_run_as_trl(tmp_path):
