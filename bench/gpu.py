@@ -4,7 +4,8 @@
     python -m bench.gpu --train       # then bench.train, in what is left of the time
     python -m bench.gpu --dry-run     # the same path at toy sizes on a CPU; no tests, no result file
 
-The GPU tests run first and stop everything when red. The ceilings are measured here: a large copy (read plus written)
+The extension is built where it is not there yet. The GPU tests run first and stop everything when red; with --sanitize
+compute-sanitizer (memcheck, then racecheck) runs the extension's tests too, which takes minutes. The ceilings are measured here: a large copy (read plus written)
 and a bf16 GEMM on random data. Then for each op and shape: every system is compared with float64 on a small batch
 (dpo_fast by the rule of STYLE.md; a peer within 5 %, its error is in the file), warmed up, and timed in turns, one call
 a turn, with CUDA events; medians. Memory is the peak of one call beyond its inputs. bytes and flops are what the op
@@ -27,6 +28,7 @@ import torch
 
 from bench.common import ROOT, conditions
 from bench.systems import OPS, SYSTEMS, Check, inputs_of, load, make_batch, offers, run
+from dpo_fast.backends import available_backends
 
 # (N, D, V, shares of scored rows of the logits-in ops)
 SHAPES = [(16384, 4096, 128256, (0.5, 1.0)), (16384, 896, 151936, (0.5,)), (16384, 2048, 128256, (0.5,))]
@@ -66,15 +68,15 @@ class Clock:
         return torch.cuda.max_memory_allocated() - before
 
 
-def ceilings(clock: Clock, device: str, dtype: torch.dtype, dry: bool) -> dict:
-    """Bytes/s of a copy and operations/s of the best of two GEMMs."""
-    size = 1 << 20 if dry else 4 << 30
+def ceilings(clock: Clock, device: str, dtype: torch.dtype, dry: bool, scale: int = 1) -> dict:
+    """Bytes/s of a copy and operations/s of the best of two GEMMs, both `scale` times smaller than for a GPU."""
+    size = 1 << 20 if dry else (4 << 30) // scale
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copies = [clock(functools.partial(target.copy_, source)) for _ in range(12)][2:]
     del source, target
     rates = {}
-    for m, k, n in [(64, 64, 64)] if dry else [(8192, 8192, 8192), (16384, 4096, 65536)]:
+    for m, k, n in [(64, 64, 64)] if dry else [(8192, 8192, 8192 // scale), (16384 // scale, 4096, 65536 // scale)]:
         a = torch.randn(m, k, device=device, dtype=dtype)
         b = torch.randn(n, k, device=device, dtype=dtype)
         out = torch.empty(m, n, device=device, dtype=dtype)
@@ -113,8 +115,9 @@ def free(device: str) -> None:
 class Bench:
     """Checks and measures ops until `deadline` (time.monotonic)."""
 
-    def __init__(self, device: str, dtype: torch.dtype, repeats: int, deadline: float, top: dict):
+    def __init__(self, device: str, dtype: torch.dtype, repeats: int, deadline: float, top: dict, rows: int = T):
         self.device, self.dtype, self.repeats, self.deadline, self.top = device, dtype, repeats, deadline, top
+        self.rows_a_sequence = rows
         self.clock, self.rows, self.wrong = Clock(device), [], []
         self.known: dict[tuple[str, str], list[float] | str] = {}
 
@@ -137,7 +140,7 @@ class Bench:
         torch._dynamo.reset()
 
     def measure(self, op: str, n: int, d: int, v: int, live: float) -> None:
-        t = T if self.device == "cuda" else 16
+        t = self.rows_a_sequence
         pairs = n // (2 * t) if not OPS[op].gemms else n // t  # hidden in: n live rows of 2n
         head = {"op": op, "N": n, "D": d if OPS[op].gemms else None, "V": v, "scored": live}
         try:
@@ -206,6 +209,22 @@ class Bench:
                 "floor_seconds": floor, "share_of_floor": floor / median}  # fmt: skip
 
 
+def prepared(sanitize: bool) -> bool:
+    """Whether the extension is built and the tests are green; says what is not."""
+    if available_backends()["csrc"] is not None:
+        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu"]
+    runs = [tests]
+    if sanitize:
+        small = [*tests, "tests/test_ops.py", "tests/test_dpo_loss.py", "-k", "csrc"]
+        runs += [["compute-sanitizer", "--tool", t, "--error-exitcode", "9", *small] for t in ("memcheck", "racecheck")]
+    for command in runs:
+        if subprocess.run(command, cwd=ROOT).returncode:
+            print(f"red, nothing is measured: {' '.join(command)}")
+            return False
+    return True
+
+
 def table(rows: list[dict]) -> str:
     lines, last = [], None
     for row in rows:
@@ -234,14 +253,16 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--train", action="store_true", help="run bench.train after it, in what is left of the time")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU, no result file")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="run the extension's tests under compute-sanitizer first"
+    )
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     if not args.dry_run and not torch.cuda.is_available():
         print("bench.gpu needs a CUDA device that torch can use, and found none; --dry-run tries it on a CPU")
         return 2
     device, dtype = ("cpu", torch.float32) if args.dry_run else ("cuda", torch.bfloat16)
-    if not args.dry_run and subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=ROOT).returncode:
-        print("the GPU tests are red: nothing is measured")
+    if not args.dry_run and not prepared(args.sanitize):
         return 1
     if args.dry_run:
         torch._dynamo.config.disable = True  # compiling is most of the time at toy sizes
@@ -250,7 +271,7 @@ def main() -> int:
     print(
         f"ceilings: copy {top['bytes_per_second'] / 1e12:.2f} TB/s, GEMM {top['flops_per_second'] / 1e12:.0f} TFLOP/s"
     )
-    bench = Bench(device, dtype, 2 if args.dry_run else args.repeats, deadline, top)
+    bench = Bench(device, dtype, 2 if args.dry_run else args.repeats, deadline, top, 16 if args.dry_run else T)
     for op in OPS:
         bench.check(op)
         print(f"checked {op}", file=sys.stderr)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_fast import backends, reference
-from dpo_fast.backends import resolve
+from dpo_fast.backends import BACKENDS, resolve
 from dpo_fast.losses import preference_loss
 from dpo_fast.sequences import scored_lengths, segment_sum
 
@@ -30,9 +30,44 @@ def back_ends() -> list[str]:
     return found
 
 
-@pytest.fixture(params=back_ends())
-def backend(request):
-    return request.param
+# The public ops, which tests call by these names.
+OPS = ("token_logps", "sequence_logps", "dpo_loss", "linear_token_logps", "linear_dpo_loss")
+ON_GPU = (
+    [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in BACKENDS] if torch.cuda.is_available() else []
+)
+
+
+def moved(op, device):
+    """`op` on `device` for tensors of the CPU: they are moved there, and what comes back is moved here, with gradients."""
+
+    def to(x, where):
+        if isinstance(x, torch.Tensor):
+            return x.to(where)
+        if isinstance(x, tuple):
+            return tuple(to(part, where) for part in x)
+        if isinstance(x, dict):
+            return {name: to(part, where) for name, part in x.items()}
+        if dataclasses.is_dataclass(x):
+            return dataclasses.replace(x, **{f.name: to(getattr(x, f.name), where) for f in dataclasses.fields(x)})
+        return x
+
+    def call(*args, **options):
+        if options.get("inplace"):
+            pytest.skip("a copy of the logits is overwritten, not they: tests of kernels/ and csrc/ on a GPU have it")
+        return to(op(*to(args, device), **to(options, device)), "cpu")
+
+    return call
+
+
+@pytest.fixture(params=[*back_ends(), *ON_GPU])
+def backend(request, monkeypatch):
+    """A back end's name; where it is to run on a GPU, the test's ops take their tensors there and back."""
+    name, _, device = request.param.partition(" on ")
+    if device:
+        for op in OPS:
+            if hasattr(request.module, op):
+                monkeypatch.setattr(request.module, op, moved(getattr(request.module, op), device))
+    return name
 
 
 @pytest.fixture

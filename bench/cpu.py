@@ -1,0 +1,58 @@
+"""The ops on a processor beside plain torch, torch.compile, the peers and the bare matrix products, in turns.
+
+    python -m bench.cpu                    # float32 and bfloat16; a quarter of an hour on two cores
+    python -m bench.cpu --dtype bfloat16 --repeats 9
+
+As bench.gpu does it: every system is compared with float64 first and then timed one call a turn; medians. `pytest
+--benchmark` has the same rows in float32 for a quick look; a shared machine wanders, and only turns take that out of a
+ratio. One JSON file goes to bench/results/.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+
+from bench.common import ROOT, conditions
+from bench.gpu import Bench, Clock, ceilings, table
+from bench.systems import OPS
+
+# 512 rows: of the logits-in ops half are scored, of the hidden-in ops all. (D, V)
+SHAPES = {
+    "dpo_loss + gradient": [(0, 32000), (0, 151936)],
+    **{op: [(576, 49152)] for op, spec in OPS.items() if spec.gemms},
+}
+ROWS = 512
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    for name in args.dtype:
+        dtype = getattr(torch, name)
+        top = ceilings(Clock("cpu"), "cpu", dtype, dry=False, scale=16)
+        bench = Bench("cpu", dtype, args.repeats, time.monotonic() + 3600, top, rows=128)
+        for op in SHAPES:
+            bench.check(op)
+        if bench.wrong:
+            print("wrong results, nothing is measured:", *bench.wrong, sep="\n  ")
+            return 1
+        for op, shapes in SHAPES.items():
+            for d, v in shapes:
+                bench.measure(op, ROWS, d, v, 0.5)
+            torch._dynamo.reset()
+        result = {**conditions("cpu", "bench.cpu"), "dtype": name, "ceilings": top, "rows": bench.rows}
+        print(table(bench.rows))
+        print(f"{result['device']}, {name}, {result['versions']}, {result['commit']}, {result['date']}")
+        path = ROOT / "bench/results" / f"ops_cpu_{name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
