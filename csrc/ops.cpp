@@ -8,6 +8,7 @@
 #include <torch/extension.h>
 #include <torch/version.h>
 
+#include "cpu/rows.h"
 #include "losses.h"
 
 TORCH_LIBRARY(dpo_fast_csrc, m) {
@@ -32,6 +33,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   std::vector<std::string> losses(std::begin(dpo_fast::kLossNames), std::end(dpo_fast::kLossNames));
   m.attr("losses") = losses;
   m.attr("torch_version") = TORCH_VERSION;
+  m.attr("instruction_set") = dpo_fast::instruction_set();
 #ifdef DPO_FAST_CUDA
   m.attr("cuda") = true;
 #else

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -29,20 +30,29 @@ namespace {
 using at::Tensor;
 using Rows = std::vector<int64_t>;
 
-const RowKernels& row_kernels(at::ScalarType dtype) {
-  static const RowKernels* const rows = [] {
+struct InstructionSet {
+  const char* name;
+  const RowKernels* rows;
+};
+
+const InstructionSet& chosen() {
+  static const InstructionSet found = []() -> InstructionSet {
 #if defined(__x86_64__) || defined(_M_X64)
     // torch's own choice; the environment variable ATEN_CPU_CAPABILITY lowers it.
-    const std::string found = at::get_cpu_capability();
-    if (found == "AVX512") return rows_avx512();
-    if (found == "AVX2") return rows_avx2();
+    const std::string most = at::get_cpu_capability();
+    if (most == "AVX512") return {"AVX512", rows_avx512()};
+    if (most == "AVX2") return {"AVX2", rows_avx2()};
 #endif
-    return rows_default();
+    return {"DEFAULT", rows_default()};
   }();
+  return found;
+}
+
+const RowKernels& row_kernels(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat: return rows[0];
-    case at::kBFloat16: return rows[1];
-    case at::kHalf: return rows[2];
+    case at::kFloat: return chosen().rows[0];
+    case at::kBFloat16: return chosen().rows[1];
+    case at::kHalf: return chosen().rows[2];
     default: TORCH_CHECK(false, "logits are ", dtype, ": float32, bfloat16 or float16");
   }
 }
@@ -91,8 +101,9 @@ struct Softmax {
                   float(softcap ? *softcap / temperature : 1.0), softcap.has_value()},
         slope(scale / temperature), temperature(temperature) {}
 
-  float z(float x) const {
-    return transform.capped ? transform.out * std::tanh(transform.in * x) : transform.in * x;
+  // z - shift of a row's target, to the bit what the row's sums hold for it: tanh is not the same in every library.
+  float at_target(const Logits& x, int64_t n, float shift) const {
+    return x.kernels.distance(x.row(n) + x.targets[n] * x.size, transform, shift);
   }
 
   // dz/dx over scale / temperature.
@@ -120,16 +131,16 @@ void each(const Rows& rows, F f) {
 }
 
 // The log-prob of a row's target; NaN where the row holds NaN, +inf or nothing but -inf.
-float log_prob(const RowSums& sums, float z) {
-  return std::isfinite(sums.top) ? float(double(z) - double(sums.top) - std::log(double(sums.total))) : NAN;
+float log_prob(const RowSums& sums, float below_top) {
+  return std::isfinite(sums.top) ? float(below_top - std::log(double(sums.total))) : NAN;
 }
 
-void write_statistics(float* out, int64_t N, const RowSums& sums, float z, const Logits& x, const Softmax& softmax) {
+void write_statistics(float* out, int64_t n, const RowSums& sums, const Logits& x, const Softmax& softmax) {
   const double total = sums.total, log_total = std::log(total);
-  out[0] = log_total - sums.weighted / total;                    // entropy
-  out[N] = double(sums.plain) / x.V * softmax.temperature;       // mean_logits
-  out[2 * N] = z >= sums.top;                                    // is_top1
-  out[3 * N] = std::log(double(sums.squares)) - 2 * log_total;   // log_sum_sq_probs
+  out[n] = log_total - sums.weighted / total;                        // entropy
+  out[x.N + n] = double(sums.plain) / x.V * softmax.temperature;     // mean_logits
+  out[2 * x.N + n] = softmax.at_target(x, n, 0) >= sums.top;         // is_top1
+  out[3 * x.N + n] = std::log(double(sums.squares)) - 2 * log_total; // log_sum_sq_probs
 }
 
 // out = factor * (onehot - softmax) * dz/dx over slope, where softmax = exp(z - shift) * weight and `rest` is one minus
@@ -176,10 +187,9 @@ std::tuple<Tensor, Tensor, Tensor> logps_fwd(const Tensor& logits, const Tensor&
   float* stats_ptr = statistics ? stats.data_ptr<float>() : nullptr;
   each(sorted_rows(x, ignore_index).first, [&](int64_t n) {
     const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, statistics);
-    const float z = softmax.z(x.at(n, x.targets[n]));
-    logps_ptr[n] = log_prob(sums, z);
+    logps_ptr[n] = log_prob(sums, softmax.at_target(x, n, sums.top));
     lse_ptr[n] = sums.top + std::log(sums.total);
-    if (statistics) write_statistics(stats_ptr + n, x.N, sums, z, x, softmax);
+    if (statistics) write_statistics(stats_ptr, n, sums, x, softmax);
   });
   return {logps, lse, stats};
 }
@@ -193,7 +203,7 @@ void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
   const float *lse_ptr = lse_row.const_data_ptr<float>(), *coef_ptr = coef_row.const_data_ptr<float>();
   const auto [scored, ignored] = sorted_rows(x, ignore_index);
   each(scored, [&](int64_t n) {
-    const float rest = -std::expm1(softmax.z(x.at(n, x.targets[n])) - lse_ptr[n]);
+    const float rest = -std::expm1(softmax.at_target(x, n, lse_ptr[n]));
     write_gradient(x, g, n, softmax, lse_ptr[n], 1, rest, coef_ptr[n] * softmax.slope);
   });
   zero(g, ignored);
@@ -210,9 +220,8 @@ std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets
   at::parallel_for(0, x.N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
       const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, statistics);
-      const float z = softmax.z(x.at(n, x.targets[n]));
-      logps_ptr[n] = log_prob(sums, z);
-      if (statistics) write_statistics(stats_ptr + n, x.N, sums, z, x, softmax);
+      logps_ptr[n] = log_prob(sums, softmax.at_target(x, n, sums.top));
+      if (statistics) write_statistics(stats_ptr, n, sums, x, softmax);
       write_gradient(x, x, n, softmax, sums.top, 1 / sums.total, -std::expm1(logps_ptr[n]), softmax.slope);
     }
   });
@@ -239,7 +248,7 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
   auto [scored, ignored] = sorted_rows(x, ignore_index);
   each(scored, [&](int64_t n) {
     const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, false);
-    top[n] = sums.top, total[n] = sums.total, row_logps[n] = log_prob(sums, x.at(n, x.targets[n]));
+    top[n] = sums.top, total[n] = sums.total, row_logps[n] = log_prob(sums, softmax.at_target(x, n, sums.top));
   });
 
   std::vector<float> lengths(2 * B);
@@ -278,6 +287,8 @@ void scale_(const Tensor& x, const Tensor& factor) {
 }
 
 }  // namespace
+
+const char* instruction_set() { return chosen().name; }
 
 TORCH_LIBRARY_IMPL(dpo_fast_csrc, CPU, m) {
   m.impl("logps_fwd", logps_fwd);

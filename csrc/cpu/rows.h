@@ -22,11 +22,16 @@ struct RowKernels {
   RowSums (*reduce)(const void* x, int64_t V, const Transform& t, bool statistics);
   // out = factor * exp(z - shift) * (1 - tanh^2 where capped); out may be x. shift is at least the largest z.
   void (*gradient)(const void* x, void* out, int64_t V, const Transform& t, float shift, float factor);
+  // z - shift of one word, as in the two above.
+  float (*distance)(const void* x, const Transform& t, float shift);
 };
 
 // Three each: float32, bfloat16, float16.
 const RowKernels* rows_default();
 const RowKernels* rows_avx2();
 const RowKernels* rows_avx512();
+
+// Which of them runs here: DEFAULT, AVX2 or AVX512.
+const char* instruction_set();
 
 }  // namespace dpo_fast

@@ -43,58 +43,64 @@ inline void store_unit<float>(float* out, Vec a, Vec b) {
   b.store(out + Vec::size());
 }
 
-// exp(x) of x <= 0 to one unit in the last place, 0 where float32 has no such number, NaN of NaN.
+// exp(x) of x <= 0 to one unit in the last place, NaN of NaN. Below the normal numbers 0 or a subnormal one.
 // exp(x) = 2^n exp(r) with n = round(x / ln 2); ln 2 in two parts, so that r is exact; exp(r) by a polynomial of degree 6,
 // the minimax of the relative error (3e-9) on |r| <= ln(2) / 2.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// exp(r), given x and n.
+inline Vec exp_of_rest(Vec x, Vec n) {
+  using at::vec::fmadd;
+  const Vec r = fmadd(n, Vec(2.12194440e-4f), fmadd(n, Vec(-0.693359375f), x));
+  Vec p = fmadd(Vec(1.38145395e-3f), r, Vec(8.36874545e-3f));
+  for (float c : {4.16683890e-2f, 0.166665211f, 0.49999994f, 1.0f, 1.0f}) p = fmadd(p, r, Vec(c));
+  return p;
+}
+#endif
+
 #if defined(CPU_CAPABILITY_AVX512)
 inline Vec exp_nonpositive(Vec v) {
   // The second operand comes back where one is NaN.
   const __m512 x = _mm512_max_ps(_mm512_set1_ps(-104.0f), v);
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(1.38145395e-3f), r, _mm512_set1_ps(8.36874545e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.16683890e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.166665211f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.49999994f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
+  return _mm512_scalef_ps(exp_of_rest(x, n), n);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 inline Vec exp_nonpositive(Vec v) {
-  const __m256 least = _mm256_set1_ps(-87.0f), magic = _mm256_set1_ps(12582912.0f);
+  // The logarithm of the smallest normal number: below it, 0.
+  const __m256 least = _mm256_set1_ps(-87.33654f), magic = _mm256_set1_ps(12582912.0f);
   const __m256 inside = _mm256_cmp_ps(v, least, _CMP_NLT_UQ);
   const __m256 x = _mm256_max_ps(least, v);
   // The last bits of `shifted` are n.
   const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), magic);
-  const __m256 n = _mm256_sub_ps(shifted, magic);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(1.38145395e-3f), r, _mm256_set1_ps(8.36874545e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.16683890e-2f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.166665211f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.49999994f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
   const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
-  return _mm256_and_ps(p, inside);
+  const __m256 p = exp_of_rest(x, _mm256_sub_ps(shifted, magic));
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)), inside);
 }
 #else
 inline Vec exp_nonpositive(Vec v) { return v.exp(); }
 #endif
 
-// tanh(in * x) where logits are capped, in * x where not; z is `out` times the first, or the second.
-template <bool CAPPED>
-inline Vec inner(Vec x, const Transform& t) {
-  x = x * Vec(t.in);
-  return CAPPED ? x.tanh() : x;
+// What stands before the softmax: nothing, a factor, or a soft cap. Without a factor there is nothing to multiply.
+enum class Kind { plain, scaled, capped };
+
+inline Kind kind_of(const Transform& t) { return t.capped ? Kind::capped : t.in == 1 ? Kind::plain : Kind::scaled; }
+
+// What rises with z: in * x.
+template <Kind K>
+inline Vec times_in(Vec x, const Transform& t) {
+  return K == Kind::plain ? x : x * Vec(t.in);
 }
 
-template <bool CAPPED>
-inline Vec transformed(Vec x, const Transform& t) {
-  return CAPPED ? inner<true>(x, t) * Vec(t.out) : inner<false>(x, t);
+// z, of a cap without its factor `out`.
+template <Kind K>
+inline Vec inner(Vec x, const Transform& t) {
+  return K == Kind::capped ? times_in<K>(x, t).tanh() : times_in<K>(x, t);
+}
+
+// z of `inner`'s u.
+template <Kind K>
+inline Vec outer(Vec u, const Transform& t) {
+  return K == Kind::capped ? u * Vec(t.out) : u;
 }
 
 inline float sum_of(Vec v) {
@@ -139,7 +145,7 @@ inline void each_unit(const T* x, int64_t size, F f) {
   }
 }
 
-template <typename T, bool CAPPED, bool STATISTICS>
+template <typename T, Kind K, bool STATISTICS>
 inline RowSums reduce(const T* x, int64_t V, const Transform& t) {
   float top = kLowest;
   Vec total_a(0), total_b(0), weighted(0), squares(0);
@@ -148,15 +154,16 @@ inline RowSums reduce(const T* x, int64_t V, const Transform& t) {
     const int64_t size = std::min(kBlock, V - start);
     Vec top_a(kLowest), top_b(kLowest);
     each_unit(x + start, size, [&](Vec a, Vec b, int64_t n) {
-      top_a = at::vec::maximum(top_a, first(a * Vec(t.in), n, kLowest));
-      top_b = at::vec::maximum(top_b, first(b * Vec(t.in), n - Vec::size(), kLowest));
+      top_a = at::vec::maximum(top_a, first(times_in<K>(a, t), n, kLowest));
+      top_b = at::vec::maximum(top_b, first(times_in<K>(b, t), n - Vec::size(), kLowest));
     });
     // z rises with in * x.
     const Vec most(largest_of(at::vec::maximum(top_a, top_b)));
-    const float block_top = first_of(CAPPED ? most.tanh() * Vec(t.out) : most);
+    const float block_top = first_of(K == Kind::capped ? outer<K>(most.tanh(), t) : most);
     if (!(block_top <= top)) {
       const float shrink = top == kLowest ? 0.0f : std::exp(top - block_top);
-      if (STATISTICS && top != kLowest) weighted = weighted + (total_a + total_b) * Vec(top - block_top);
+      // Words so far below that they count nothing: their sum may have no end, and 0 times it is NaN.
+      if (STATISTICS && shrink != 0) weighted = weighted + (total_a + total_b) * Vec(top - block_top);
       total_a = total_a * Vec(shrink);
       total_b = total_b * Vec(shrink);
       weighted = weighted * Vec(shrink);
@@ -167,15 +174,16 @@ inline RowSums reduce(const T* x, int64_t V, const Transform& t) {
     const Vec shift(top);
     Vec sum(0);
     each_unit(x + start, size, [&](Vec a, Vec b, int64_t n) {
-      const Vec za = transformed<CAPPED>(a, t), zb = transformed<CAPPED>(b, t);
-      const Vec ea = first(exp_nonpositive(za - shift), n, 0);
-      const Vec eb = first(exp_nonpositive(zb - shift), n - Vec::size(), 0);
+      const Vec za = outer<K>(inner<K>(a, t), t), zb = outer<K>(inner<K>(b, t), t);
+      const Vec da = za - shift, db = zb - shift;
+      const Vec ea = first(exp_nonpositive(da), n, 0);
+      const Vec eb = first(exp_nonpositive(db), n - Vec::size(), 0);
       total_a = total_a + ea;
       total_b = total_b + eb;
       if (STATISTICS) {
         // A masked word has z = -inf and e = 0; their product is 0.
         const Vec least(std::numeric_limits<float>::lowest());
-        weighted = weighted + ea * at::vec::maximum(za - shift, least) + eb * at::vec::maximum(zb - shift, least);
+        weighted = weighted + ea * at::vec::maximum(da, least) + eb * at::vec::maximum(db, least);
         squares = squares + ea * ea + eb * eb;
         sum = sum + first(za, n, 0) + first(zb, n - Vec::size(), 0);
       }
@@ -185,13 +193,13 @@ inline RowSums reduce(const T* x, int64_t V, const Transform& t) {
   return {top, sum_of(total_a + total_b), sum_of(weighted), sum_of(squares), float(plain)};
 }
 
-template <typename T, bool CAPPED>
+template <typename T, Kind K>
 inline void gradient(const T* x, T* out, int64_t V, const Transform& t, float shift, float factor) {
-  const Vec minus(-shift), times(factor), one(1);
+  const Vec minus(shift), times(factor), one(1);
   const auto slope = [&](Vec v) {
-    const Vec u = inner<CAPPED>(v, t);
-    const Vec g = exp_nonpositive((CAPPED ? u * Vec(t.out) : u) + minus) * times;
-    return CAPPED ? g * (one - u * u) : g;
+    const Vec u = inner<K>(v, t);
+    const Vec g = exp_nonpositive(outer<K>(u, t) - minus) * times;
+    return K == Kind::capped ? g * (one - u * u) : g;
   };
   each_unit(x, V, [&](Vec a, Vec b, int64_t n) {
     const Vec ga = slope(a), gb = slope(b);
@@ -206,24 +214,41 @@ inline void gradient(const T* x, T* out, int64_t V, const Transform& t, float sh
   });
 }
 
+template <typename T, Kind K>
+RowSums reduce_kind(const T* row, int64_t V, const Transform& t, bool statistics) {
+  return statistics ? reduce<T, K, true>(row, V, t) : reduce<T, K, false>(row, V, t);
+}
+
 template <typename T>
 RowSums reduce_row(const void* x, int64_t V, const Transform& t, bool statistics) {
   const T* row = static_cast<const T*>(x);
-  if (t.capped) return statistics ? reduce<T, true, true>(row, V, t) : reduce<T, true, false>(row, V, t);
-  return statistics ? reduce<T, false, true>(row, V, t) : reduce<T, false, false>(row, V, t);
+  switch (kind_of(t)) {
+    case Kind::plain: return reduce_kind<T, Kind::plain>(row, V, t, statistics);
+    case Kind::scaled: return reduce_kind<T, Kind::scaled>(row, V, t, statistics);
+    default: return reduce_kind<T, Kind::capped>(row, V, t, statistics);
+  }
 }
 
 template <typename T>
 void gradient_row(const void* x, void* out, int64_t V, const Transform& t, float shift, float factor) {
-  const auto run = t.capped ? gradient<T, true> : gradient<T, false>;
+  const Kind kind = kind_of(t);
+  const auto run = kind == Kind::plain ? gradient<T, Kind::plain>
+                   : kind == Kind::scaled ? gradient<T, Kind::scaled> : gradient<T, Kind::capped>;
   run(static_cast<const T*>(x), static_cast<T*>(out), V, t, shift, factor);
+}
+
+template <typename T>
+float distance_of(const void* x, const Transform& t, float shift) {
+  const Vec word(float(*static_cast<const T*>(x)));
+  const Vec z = t.capped ? outer<Kind::capped>(inner<Kind::capped>(word, t), t) : inner<Kind::scaled>(word, t);
+  return first_of(z - Vec(shift));
 }
 
 // By Dtype.
 const RowKernels kRows[3] = {
-    {reduce_row<float>, gradient_row<float>},
-    {reduce_row<at::BFloat16>, gradient_row<at::BFloat16>},
-    {reduce_row<at::Half>, gradient_row<at::Half>},
+    {reduce_row<float>, gradient_row<float>, distance_of<float>},
+    {reduce_row<at::BFloat16>, gradient_row<at::BFloat16>, distance_of<at::BFloat16>},
+    {reduce_row<at::Half>, gradient_row<at::Half>, distance_of<at::Half>},
 };
 
 }  // namespace CPU_CAPABILITY
