@@ -66,16 +66,20 @@ def score(
 
 
 class Sums:
-    """Gradients of weight and bias as they add up over chunks: in float32 where there are several."""
+    """Gradients of weight and bias as they add up over chunks: in float32 where there are several.
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, several: bool):
-        self.of_weight, self.of_bias, self.several = weight, bias, several
+    `peak`, the largest coefficient, is taken out of the products and put back into their sum: a loss scale times a hidden
+    state may be more than float16 has, and a coefficient without one less.
+    """
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, several: bool, peak: Tensor | None = None):
+        self.of_weight, self.of_bias, self.several, self.peak = weight, bias, several, peak
         self.weight = self.bias = None
 
     def add(self, residual: Tensor, coef: Tensor, hidden: Tensor) -> None:
         """The part of rows with `residual` [n, V], coefficients [n, 1] and hidden states [n, D]."""
         if self.of_weight is not None:
-            scaled = (hidden * coef).to(hidden.dtype)
+            scaled = (hidden * (coef if self.peak is None else coef / self.peak)).to(hidden.dtype)
             if self.several:
                 self.weight = add_product(self.weight, residual.t(), scaled)
             else:
@@ -87,6 +91,8 @@ class Sums:
 
     def results(self, empty: Tensor) -> tuple[Tensor, Tensor]:
         """In the types of weight and bias; `empty` where one is not wanted, zeros where no row was added."""
+        if self.peak is not None and self.weight is not None:
+            self.weight = self.weight * self.peak
         pairs = ((self.of_weight, self.weight), (self.of_bias, self.bias))
         found = []
         for like, total in pairs:

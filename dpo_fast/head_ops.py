@@ -87,7 +87,9 @@ def linear_token_logps_backward(
     head = _head(hidden, weight, bias, scale, softcap, temperature, backend)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
     several = residual.shape[0] < hidden.shape[0]
-    sums = Sums(weight if needs[1] else None, bias if needs[2] else None, several)
+    # Clamped: it is divided by.
+    peak = coef.abs().amax().clamp(min=1e-30) if hidden.dtype == torch.float16 and len(coef) else None
+    sums = Sums(weight if needs[1] else None, bias if needs[2] else None, several, peak)
     gradients(head, hidden, targets.contiguous(), coef, residual, out if needs[0] else None, sums)
     return out, *sums.results(hidden)
 

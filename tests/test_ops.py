@@ -310,6 +310,19 @@ def test_gradients_of_many_chunks_are_summed_in_float32(monkeypatch):
     assert errors(ours, exact)["dbias"] < 2**-8
 
 
+@pytest.mark.parametrize("kept_rows", [0, 10])
+def test_hidden_states_times_a_loss_scale_need_not_fit_float16(kept_rows, backend):
+    """40 * 4000 is more than 65504; the gradient, of targets with probability 0.997, is small. And 1e-7 of it is too."""
+    targets = torch.tensor([0, 1, 2, 3, 1])
+    leaves = {"hidden": 40 * torch.eye(4)[targets], "weight": torch.zeros(9, 4), "bias": torch.zeros(9)}
+    leaves["weight"][:4] = 0.2 * torch.eye(4)
+    leaves = {k: x.half() for k, x in leaves.items()}
+    for grad in (torch.full((5,), 4000.0), torch.full((5,), 4e-4)):
+        exact = run(reference.linear_token_logps, {k: x.double() for k, x in leaves.items()}, targets, grad)
+        ours = run(linear_token_logps, leaves, targets, grad, workspace_bytes=kept_rows * 9 * 2, backend=backend)
+        assert errors(ours, exact)["dweight"] < 2**-8
+
+
 @pytest.mark.parametrize("needs", [(), ("hidden",), NAMES])
 def test_autocast_runs_the_head_in_bf16_and_the_rest_in_fp32(needs):
     leaves, targets, grad = data(20, 16, 65, dtype=torch.float32)
