@@ -26,45 +26,55 @@ def build() -> dict:
     try:
         from torch.utils import cpp_extension
     except ImportError:
-        warn("torch cannot be imported here: install torch, then run pip with --no-build-isolation")
+        warn("not built", "torch cannot be imported here: install torch, then run pip with --no-build-isolation")
         return {}
     import torch
 
-    with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     vectors = {CSRC / f"cpu/rows_{name}.cpp": flags for name, flags in VECTORS.items()}
-    sources = [CSRC / "ops.cpp", *(path for path in sorted(CSRC.glob("cpu/*.cpp")) if path not in vectors)]
-    flags = {"cxx": FLAGS}
-    kind = cpp_extension.CppExtension
-    if with_cuda:
-        sources += [*sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
-        flags["cxx"] = [*FLAGS, "-DDPO_FAST_CUDA"]
-        flags["nvcc"] = ["-O3", "-lineinfo"]
-        kind = cpp_extension.CUDAExtension
-    elif torch.version.cuda is not None:
-        warn("no CUDA toolkit (nvcc, CUDA_HOME): only its part for the processor is built; Triton runs on the GPU")
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    nvcc = cpp_extension.CUDA_HOME is not None and Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists()
+    if torch.version.cuda is not None and not nvcc:
+        warn("built for the processor only", "there is no CUDA toolkit (nvcc, CUDA_HOME): Triton runs on the GPU")
+
+    def extension(cuda: bool, threads: bool):
+        """As `cpp_extension` makes it; `threads`: with OpenMP, by which at::parallel_for runs in this extension at all."""
+        openmp = ["-fopenmp"] if threads else []
+        flags = {"cxx": [*FLAGS, *openmp]}
+        sources = [CSRC / "ops.cpp", *(path for path in sorted(CSRC.glob("cpu/*.cpp")) if path not in vectors)]
+        if cuda:
+            sources += [*sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
+            flags = {"cxx": [*flags["cxx"], "-DDPO_FAST_CUDA"], "nvcc": ["-O3", "-lineinfo"]}
+        kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+        return kind("dpo_fast._csrc", list(map(str, sources)), extra_compile_args=flags, extra_link_args=openmp)
 
     class Build(cpp_extension.BuildExtension):
         def build_extensions(self):
-            try:
-                super().build_extensions()
-            except Exception as error:
-                warn(f"{type(error).__name__}: {error}")
-                self.extensions = []
+            (ext,) = self.extensions
+            cuda = torch.version.cuda is not None and nvcc
+            # What fails with CUDA or OpenMP may still be built without.
+            for options in dict.fromkeys([(cuda, True), (False, True), (False, False)]):
+                vars(ext).update(vars(extension(*options)))
+                try:
+                    super().build_extensions()
+                    return
+                except Exception as error:
+                    tried = f"{'with' if options[0] else 'without'} CUDA, {'with' if options[1] else 'without'} OpenMP"
+                    warn(f"not built {tried}", f"{type(error).__name__}: {error}")
+            self.extensions = []
 
         def build_extension(self, ext):
-            if platform.machine() in ("x86_64", "AMD64"):
+            if x86:
                 for path, own in vectors.items():
                     where = {"output_dir": str(Path(self.build_temp) / path.stem), "include_dirs": ext.include_dirs}
                     args = {"cxx": [*FLAGS, *own], "nvcc": []}
                     ext.extra_objects += self.compiler.compile([str(path)], extra_postargs=args, **where)
             super().build_extension(ext)
 
-    extension = kind("dpo_fast._csrc", [str(path) for path in sources], extra_compile_args=flags)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [extension(False, True)], "cmdclass": {"build_ext": Build}}
 
 
-def warn(why: str) -> None:
-    print(f"\n{'!' * 80}\ndpo_fast: the extension is not built. {why}\n{'!' * 80}\n", file=sys.stderr)
+def warn(what: str, why: str) -> None:
+    print(f"\n{'!' * 80}\ndpo_fast: the extension is {what}. {why}\n{'!' * 80}\n", file=sys.stderr)
 
 
 setup(**build())

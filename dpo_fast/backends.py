@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 
@@ -66,7 +67,7 @@ def _csrc(device: str) -> Backend:
         raise _MissingError(f"{why}: {_BUILD}") from error
     except ImportError as error:
         raise _MissingError(f"it was built for another torch ({error}): {_BUILD}") from error
-    if torch.__version__.split("+")[0] != csrc.TORCH_VERSION:
+    if not re.match(rf"{re.escape(csrc.TORCH_VERSION)}(\D|$)", torch.__version__):
         raise _MissingError(f"it was built for torch {csrc.TORCH_VERSION}, this is {torch.__version__}: {_BUILD}")
     if device == "cuda" and not csrc.WITH_CUDA:
         raise _MissingError(f"it was built without CUDA: install the CUDA toolkit (nvcc), then {_BUILD}")
@@ -100,6 +101,10 @@ def resolve(name: str | None, device: torch.device | str, dtype: torch.dtype = t
         found = _load(name, device)
         if isinstance(found, str):
             raise ValueError(f"backend {name!r} cannot be used on {device}: {found}; backend='torch' always can")
+        if dtype == torch.float64 and name != "torch":
+            raise ValueError(
+                f"backend {name!r} takes no float64: give backend='torch' or None, or logits of another type"
+            )
         return found
     # Triton on a CPU is the interpreter: right, and thousands of times slower. Kernels take no float64.
     skipped = set() if device == "cuda" else {"triton"}

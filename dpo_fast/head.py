@@ -68,8 +68,8 @@ def score(
 class Sums:
     """Gradients of weight and bias as they add up over chunks: in float32 where there are several.
 
-    `peak`, the largest coefficient, is taken out of the products and put back into their sum: a loss scale times a hidden
-    state may be more than float16 has, and a coefficient without one less.
+    `peak`, the largest coefficient where that is above 1, is taken out of the products and put back into their sum: a loss
+    scale times a hidden state may be more than float16 has.
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, several: bool, peak: Tensor | None = None):
@@ -92,7 +92,7 @@ class Sums:
     def results(self, empty: Tensor) -> tuple[Tensor, Tensor]:
         """In the types of weight and bias; `empty` where one is not wanted, zeros where no row was added."""
         if self.peak is not None and self.weight is not None:
-            self.weight = self.weight * self.peak
+            self.weight.mul_(self.peak)
         pairs = ((self.of_weight, self.weight), (self.of_bias, self.bias))
         found = []
         for like, total in pairs:

@@ -87,8 +87,8 @@ def linear_token_logps_backward(
     head = _head(hidden, weight, bias, scale, softcap, temperature, backend)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
     several = residual.shape[0] < hidden.shape[0]
-    # Clamped: it is divided by.
-    peak = coef.abs().amax().clamp(min=1e-30) if hidden.dtype == torch.float16 and len(coef) else None
+    # Not below 1: the sum without it must not be larger than with it.
+    peak = coef.abs().amax().clamp(min=1.0) if hidden.dtype == torch.float16 and len(coef) else None
     sums = Sums(weight if needs[1] else None, bias if needs[2] else None, several, peak)
     gradients(head, hidden, targets.contiguous(), coef, residual, out if needs[0] else None, sums)
     return out, *sums.results(hidden)

@@ -139,6 +139,10 @@ def dpo_loss(
     needs = torch.is_grad_enabled() and logits.requires_grad
     if inplace:
         fits = logits.stride(-1) == 1 and (logits.ndim == 2 or row_period(logits) == logits.shape[1])
+        # Rows of an expanded tensor are one row.
+        fits &= all(
+            n <= 1 or step >= logits.shape[-1] for n, step in zip(logits.shape, logits.stride()[:-1], strict=False)
+        )
         checks.require(
             fits,
             f"inplace=True needs logits whose rows follow each other, got strides {logits.stride()}: use inplace=False",

@@ -645,6 +645,15 @@ REFUSALS = [
         "inplace=True needs logits whose rows follow each other",
     ),
     (logits_call(logits=torch.zeros(1, 1, 6).expand(4, 3, 6), inplace=True), "inplace=True needs logits whose rows"),
+    (
+        {
+            "logits": torch.zeros(6).expand(2, 6),
+            "targets": torch.zeros(2, dtype=torch.int64),
+            "cu_seqlens": torch.tensor([0, 1, 2], dtype=torch.int32),
+            "inplace": True,
+        },
+        "inplace=True needs logits whose rows",
+    ),
     (logits_call(logits=torch.zeros(4, 3, 6, device="meta")), "targets are on cpu and logits on meta: move one"),
 ]
 

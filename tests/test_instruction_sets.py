@@ -7,6 +7,7 @@ tests again in a process of its own for each of the others.
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_subnormal_results():
 
 RUN = """
 import sys
+import time
 import pytest
 from dpo_fast import csrc
 assert csrc.INSTRUCTION_SET == sys.argv[1], csrc.INSTRUCTION_SET
@@ -184,3 +186,27 @@ def test_same_bits_for_any_number_of_threads(dtype):
                 )
     finally:
         torch.set_num_threads(1)
+
+
+def test_several_threads_work():
+    """at::parallel_for is a plain loop in an extension that is built without OpenMP."""
+    logits, targets = torch.randn(400, 8000), torch.zeros(400, dtype=torch.int64)
+
+    def ticks():
+        found = {}
+        for path in Path("/proc/self/task").iterdir():
+            fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
+            found[path.name] = int(fields[11]) + int(fields[12])
+        return found
+
+    try:
+        torch.set_num_threads(2)
+        csrc.logps_fwd(logits, targets)
+        before, deadline = ticks(), time.monotonic() + 60
+        busy = 0
+        while busy < 2 and time.monotonic() < deadline:
+            csrc.logps_fwd(logits, targets)
+            busy = sum(after > before.get(thread, 0) for thread, after in ticks().items())
+    finally:
+        torch.set_num_threads(1)
+    assert busy >= 2

@@ -308,6 +308,25 @@ def test_an_extension_of_another_torch_is_not_used(monkeypatch):
         backends._csrc("cpu")
 
 
+@pytest.mark.parametrize(("version", "fits"), [("2.13.0", True), ("2.13.0.dev20261101+cpu", True), ("2.13.01", False)])
+def test_the_extension_s_torch_may_be_a_nightly(monkeypatch, version, fits):
+    built = types.SimpleNamespace(TORCH_VERSION="2.13.0", WITH_CUDA=False, **dict.fromkeys(backends.LAUNCHERS))
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: built)
+    monkeypatch.setattr(torch, "__version__", version)
+    if fits:
+        assert backends._csrc("cpu").name == "csrc"
+    else:
+        with pytest.raises(backends._MissingError, match="built for torch"):
+            backends._csrc("cpu")
+
+
+def test_float64_by_name_is_refused(table):
+    table["fast"] = lambda device: backends.resolve("torch", "cpu")
+    assert resolve("torch", "cpu", torch.float64).name == "torch"
+    with pytest.raises(ValueError, match="'fast' takes no float64: give backend='torch' or None"):
+        resolve("fast", "cpu", torch.float64)
+
+
 def test_the_extension_is_built():
     """Where the tests run there is a compiler: a build that fails in silence would leave its half of the tests out."""
     if importlib.util.find_spec("dpo_fast._csrc") is None and shutil.which("c++") is None:

@@ -323,6 +323,26 @@ def test_hidden_states_times_a_loss_scale_need_not_fit_float16(kept_rows, backen
         assert errors(ours, exact)["dweight"] < 2**-8
 
 
+def test_small_coefficients_of_many_float16_rows(backend):
+    """The gradient is 201.6; the sum of the rows without their coefficients is 1000 times as much."""
+    leaves = {"hidden": torch.full((2048, 1), 100.0), "weight": torch.zeros(64, 1)}
+    leaves = {k: x.half() for k, x in leaves.items()}
+    leaves["weight"].requires_grad_()
+    targets = torch.zeros(2048, dtype=torch.int64)
+    logps = linear_token_logps(leaves["hidden"], leaves["weight"], targets, backend=backend)
+    logps.backward(torch.full((2048,), 1e-3))
+    assert leaves["weight"].grad[0].item() == pytest.approx(2048 * 100 * 1e-3 * (1 - 1 / 64), rel=1e-2)
+
+
+def test_mean_logits_of_a_row_whose_first_words_are_masked(backend):
+    logits = torch.randn(2, 4500)
+    logits[:, :2048] = -math.inf
+    logits[1] = logits[1].flip(0)
+    stats = token_logps(logits, torch.tensor([4000, 3]), outputs=ALL, backend=backend)[1]
+    assert stats["mean_logits"].eq(-math.inf).all()
+    assert stats["entropy"].isfinite().all()
+
+
 @pytest.mark.parametrize("needs", [(), ("hidden",), NAMES])
 def test_autocast_runs_the_head_in_bf16_and_the_rest_in_fp32(needs):
     leaves, targets, grad = data(20, 16, 65, dtype=torch.float32)

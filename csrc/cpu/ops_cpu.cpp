@@ -37,7 +37,7 @@ struct InstructionSet {
 
 const InstructionSet& chosen() {
   static const InstructionSet found = []() -> InstructionSet {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     // torch's own choice; the environment variable ATEN_CPU_CAPABILITY lowers it.
     const std::string most = at::get_cpu_capability();
     if (most == "AVX512") return {"AVX512", rows_avx512()};
@@ -139,7 +139,7 @@ void write_statistics(float* out, int64_t n, const RowSums& sums, const Logits& 
   const double total = sums.total, log_total = std::log(total);
   out[n] = log_total - sums.weighted / total;                        // entropy
   out[x.N + n] = double(sums.plain) / x.V * softmax.temperature;     // mean_logits
-  out[2 * x.N + n] = softmax.at_target(x, n, 0) >= sums.top;         // is_top1
+  out[2 * x.N + n] = std::isfinite(sums.top) && softmax.at_target(x, n, 0) >= sums.top;  // is_top1
   out[3 * x.N + n] = std::log(double(sums.squares)) - 2 * log_total; // log_sum_sq_probs
 }
 
@@ -171,6 +171,10 @@ void prefer_huge_pages(const Tensor& out) {
 #endif
 }
 
+void check_out(const Tensor& out, const Tensor& logits) {
+  TORCH_CHECK(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(), "out is unlike logits");
+}
+
 void zero(const Logits& out, const Rows& rows) {
   each(rows, [&](int64_t n) { std::memset(out.row(n), 0, out.V * out.size); });
 }
@@ -196,10 +200,12 @@ std::tuple<Tensor, Tensor, Tensor> logps_fwd(const Tensor& logits, const Tensor&
 
 void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& coef, int64_t ignore_index,
                double scale, std::optional<double> softcap, double temperature, const Tensor& out) {
+  check_out(out, logits);
   const Logits x(logits, targets), g(out, targets);
   if (g.data != x.data) prefer_huge_pages(out);
   const Softmax softmax(scale, softcap, temperature);
-  const Tensor lse_row = lse.contiguous(), coef_row = coef.to(at::kFloat).contiguous();
+  TORCH_CHECK(lse.numel() == x.N && coef.numel() == x.N, "one lse and one coef a row");
+  const Tensor lse_row = lse.to(at::kFloat).contiguous(), coef_row = coef.to(at::kFloat).contiguous();
   const float *lse_ptr = lse_row.const_data_ptr<float>(), *coef_ptr = coef_row.const_data_ptr<float>();
   const auto [scored, ignored] = sorted_rows(x, ignore_index);
   each(scored, [&](int64_t n) {
@@ -232,10 +238,13 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
                                      const std::optional<Tensor>& ref_logps, const Tensor& grad_scale, int64_t loss,
                                      double beta, double label_smoothing, double tau, double gamma,
                                      int64_t ignore_index, const Tensor& out) {
+  check_out(out, logits);
   const Logits x(logits, targets), g(out, targets);
   if (g.data != x.data) prefer_huge_pages(out);
   const Softmax softmax(1, std::nullopt, 1);
   const int64_t B = (cu_rows.numel() - 1) / 2;
+  TORCH_CHECK(cu_rows.is_contiguous() && cu_rows.numel() == 2 * B + 1, "cu_rows is [2B + 1]");
+  TORCH_CHECK(grad_scale.numel() == 1 && (!ref_logps || ref_logps->numel() == 2 * B), "one grad_scale, 2B ref_logps");
   const auto options = logits.options().dtype(at::kFloat);
   Tensor losses = at::empty({B}, options), logps = at::empty({2 * B}, options);
   const Tensor refs = ref_logps ? ref_logps->to(at::kFloat).contiguous() : at::zeros({2 * B}, options);

@@ -170,7 +170,10 @@ inline RowSums reduce(const T* x, int64_t V, const Transform& t) {
       squares = squares * Vec(shrink * shrink);
       top = block_top;
     }
-    if (top == kLowest) continue;
+    if (top == kLowest) {
+      plain = kLowest;
+      continue;
+    }
     const Vec shift(top);
     Vec sum(0);
     each_unit(x + start, size, [&](Vec a, Vec b, int64_t n) {
