@@ -79,6 +79,8 @@ def _csrc(device: str) -> Backend:
 # The fastest first. A loader takes a device type and returns a Backend or raises _MissingError.
 BACKENDS: dict[str, Callable[[str], Backend]] = {"csrc": _csrc, "triton": _triton, "torch": _torch}
 
+_NO_FLOAT64 = {"csrc", "triton"}  # their kernels are float32 inside
+
 
 @functools.cache
 def _load(name: str, device: str) -> Backend | str:
@@ -101,15 +103,15 @@ def resolve(name: str | None, device: torch.device | str, dtype: torch.dtype = t
         found = _load(name, device)
         if isinstance(found, str):
             raise ValueError(f"backend {name!r} cannot be used on {device}: {found}; backend='torch' always can")
-        if dtype == torch.float64 and name != "torch":
+        if dtype == torch.float64 and name in _NO_FLOAT64:
             raise ValueError(
                 f"backend {name!r} takes no float64: give backend='torch' or None, or logits of another type"
             )
         return found
-    # Triton on a CPU is the interpreter: right, and thousands of times slower. Kernels take no float64.
+    # Triton on a CPU is the interpreter: right, and thousands of times slower.
     skipped = set() if device == "cuda" else {"triton"}
     if dtype == torch.float64:
-        skipped |= {"triton", "csrc"}
+        skipped |= _NO_FLOAT64
     loaded = (_load(name, device) for name in BACKENDS if name not in skipped)
     return next(found for found in loaded if isinstance(found, Backend))
 
