@@ -2,8 +2,8 @@
 
     pip install --no-build-isolation .        # torch must be there: an isolated build has none
 
-Without torch or a C++ compiler the package installs without the extension and says so, here and in
-`python -m dpo_fast.info`. With a torch for CUDA and its nvcc the CUDA kernels are built too.
+Without torch or a C++ compiler the package installs without the extension. It says so here, which pip shows with -v,
+and in `python -m dpo_fast.info`. With a torch for CUDA and its nvcc the CUDA kernels are built too.
 """
 
 import platform

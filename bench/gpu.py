@@ -1,6 +1,6 @@
 """Every op on one GPU: time, rate, share of the floor and peak memory, beside plain torch and the peers.
 
-    python -m bench.gpu               # tests, ceilings, checks, measurements; under eight minutes on an H100
+    python -m bench.gpu               # tests, ceilings, checks, measurements; measurements stop after --minutes
     python -m bench.gpu --train       # then bench.train, in what is left of the time
     python -m bench.gpu --dry-run     # the same path at toy sizes on a CPU; no tests, no result file
 

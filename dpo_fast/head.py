@@ -104,7 +104,10 @@ class Sums:
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a @ b` in float32 or wider, in place: rounding every product to half precision would bias training."""
+    """`total + a @ b` in float32 or wider, in place: a sum in half precision would lose small products, and bias training.
+
+    On a CPU, where torch has no product of half precision in float32, each product is rounded once before it is added.
+    """
     wide = wide_dtype(a.dtype)
     if a.dtype == wide:
         return torch.mm(a, b) if total is None else total.addmm_(a, b)

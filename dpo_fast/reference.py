@@ -25,7 +25,8 @@ from .sequences import loss_and_coefficients, scored_lengths, segment_ids, segme
 
 # Per-row statistics beside the log-probs; none carries a gradient.
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-# Logits of one chunk of rows between two matrix products: on a CPU so many that the products run at full speed.
+# Logits of one chunk of rows between two matrix products: on a CPU so many that the products run at full
+# speed (512 x 576 x 49152 in float32, two cores: two products in 351 ms with 512 rows a tile, 379 with 256, 458 with 128).
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 # Of the float32 copies of rows that a launcher makes at a time, a thread: they stay in a core's cache and in the heap.
 ROW_BYTES = 2 << 20

@@ -167,7 +167,7 @@ def residual_(logits, targets, *, scale=1.0, softcap=None, temperature=1.0, outp
     logps = torch.empty(N, dtype=torch.float32, device=logits.device)
     stats = _statistics(N, logits.device, outputs)
     if N:
-        # A head's tile has about as many rows as an H100 has SMs: twice the warps a row keep as many loads in flight.
+        # A head's tile may have no more rows than a GPU has SMs: twice the warps a row keep as many loads in flight.
         blocks = row_blocks(V, logits.dtype, warps=16, loads=_loads(outputs, softcap))
         _residual_kernel[(N,)](
             logits, targets, logps, *(stats.get(name, logps) for name in OUTPUTS),

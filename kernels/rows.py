@@ -31,8 +31,8 @@ def row_blocks(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4) -> di
     # Threads beyond a block of the row would idle.
     while warps > 1 and loads * 32 * vec * warps > V:
         warps //= 2
-    # 80 registers let three programs of eight warps share an SM: with four loads a thread 48 KB in flight, where an H100
-    # needs 18 KB to hide its latency. Left alone, ptxas takes up to 126 for the one launch.
+    # 80 registers let three programs of eight warps share an SM: with four loads a thread 48 KB in flight.
+    # Left alone, ptxas takes up to 126 for the one launch.
     return {"VEC": vec, "K": loads, "THREADS": 32 * warps, "num_warps": warps, "maxnreg": 80}
 
 

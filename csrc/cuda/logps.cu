@@ -15,7 +15,7 @@ namespace dpo_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// A head's tile has about as many rows as an H100 has SMs: twice the warps a row keep as many loads in flight.
+// A head's tile may have no more rows than a GPU has SMs: twice the warps a row keep as many loads in flight.
 constexpr int kResidualThreads = 512;
 
 // What thread 0 stores of a row; picked is z[target].

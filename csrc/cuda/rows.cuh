@@ -8,7 +8,7 @@
 //   gradient   coef * (onehot - exp(z - top - log_total)) * dz/dx
 //
 // A row is read in vectors of 16 bytes, kLoads of them in flight a thread: with three blocks of 256 threads 48 KB an
-// SM, where an H100 needs 18 KB to hide its latency. An odd V puts rows at odd addresses: the few words before the
+// SM (counted, not measured). An odd V puts rows at odd addresses: the few words before the
 // first and after the last whole vector (the edges) then go one a thread. Where x and out do not lie alike, both are
 // taken word by word, neighbours to neighbouring threads.
 //
