@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .reference import OUTPUTS
+from .sequences import LOSS_OPTIONS
 
 _csrc = importlib.import_module("._csrc", __package__)
 
@@ -56,7 +57,8 @@ def dpo_fused(
 ):
     if not isinstance(grad_scale, Tensor):
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=logits.device)
-    numbers = beta, label_smoothing, options.get("discopop_tau", 0.05), options.get("simpo_gamma", 0.5)
+    own = {**LOSS_OPTIONS, **options}
+    numbers = beta, label_smoothing, own["discopop_tau"], own["simpo_gamma"]
     losses, logps = _ops.dpo_fused(
         logits, targets, cu_rows, ref_logps, grad_scale, LOSS_IDS[loss_type], *numbers, ignore_index, out
     )

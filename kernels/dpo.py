@@ -28,6 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dpo_fast.sequences import LOSS_OPTIONS
+
 from .logps import check_rows
 from .rows import LOG2E, reduce_row, row_blocks, row_layout, write_gradient, write_zeros
 
@@ -321,6 +323,7 @@ def dpo_fused(
     losses, logps, coef = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, 2 * B, 2 * B))
     top, log_total, row_logps = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
     counters = torch.zeros(B + 1, dtype=torch.int32, device=device)
+    own = {**LOSS_OPTIONS, **options}
     scale_is_tensor = isinstance(grad_scale, torch.Tensor)
     _dpo_kernel[(min(program_count(device), 2 * (N + B)),)](
         logits, targets, cu_rows, cu_rows if ref_logps is None else ref_logps,
@@ -328,7 +331,7 @@ def dpo_fused(
         out, losses, logps, top, log_total, row_logps, coef, counters,
         logits.stride(0), out.stride(0), N, V, B, ignore_index,
         float(beta), float(label_smoothing),
-        float(options.get("discopop_tau", 0.05)), float(options.get("simpo_gamma", 0.5)),
+        float(own["discopop_tau"]), float(own["simpo_gamma"]),
         LOSS=PAIR_LOSSES[loss_type], HAS_REF=ref_logps is not None, SCALE_IS_TENSOR=scale_is_tensor,
         PAIRS=max(64, triton.next_power_of_2(B)),
         **row_layout(logits, out), **row_blocks(V, logits.dtype),
