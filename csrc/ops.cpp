@@ -34,6 +34,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("losses") = losses;
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("instruction_set") = dpo_fast::instruction_set();
+#ifdef _OPENMP
+  m.attr("threads") = true;
+#else
+  m.attr("threads") = false;
+#endif
 #ifdef DPO_FAST_CUDA
   m.attr("cuda") = true;
 #else

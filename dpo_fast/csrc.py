@@ -15,6 +15,7 @@ _csrc = importlib.import_module("._csrc", __package__)
 
 LOSS_IDS = {name: k for k, name in enumerate(_csrc.losses)}
 WITH_CUDA = _csrc.cuda
+WITH_THREADS = _csrc.threads  # by OpenMP; without it rows of the processor go one after the other
 TORCH_VERSION = _csrc.torch_version  # that it was compiled for
 INSTRUCTION_SET = _csrc.instruction_set  # whose rows run on this processor: DEFAULT, AVX2 or AVX512
 

@@ -55,7 +55,8 @@ def _details(backend: str) -> str:
         return ""
     from . import csrc
 
-    return f" ({csrc.INSTRUCTION_SET}{', CUDA' if csrc.WITH_CUDA else ''})"
+    threads = "" if csrc.WITH_THREADS else ", one thread: built by a compiler without OpenMP"
+    return f" ({csrc.INSTRUCTION_SET}{threads}{', CUDA' if csrc.WITH_CUDA else ''})"
 
 
 def main(argv: list[str] | None = None) -> int:
