@@ -22,7 +22,7 @@ TORCH_LIBRARY(dpo_fast_csrc, m) {
       "residual_(Tensor(a!) logits, Tensor targets, float scale, float? softcap, float temperature, bool statistics) "
       "-> (Tensor logps, Tensor statistics)");
   m.def(
-      "dpo_fused(Tensor logits, Tensor targets, Tensor cu_rows, Tensor? ref_logps, Tensor grad_scale, int loss, "
+      "dpo_fused(Tensor logits, Tensor targets, Tensor cu_rows, Tensor? ref_logps, float grad_scale, int loss, "
       "float beta, float label_smoothing, float tau, float gamma, int ignore_index, Tensor(a!) out) "
       "-> (Tensor losses, Tensor logps)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");

@@ -56,8 +56,7 @@ def dpo_fused(
     ignore_index=-100,
     out,
 ):
-    if not isinstance(grad_scale, Tensor):
-        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=logits.device)
+    assert not isinstance(grad_scale, Tensor), "a number: to read it off a device would be a wait"
     own = {**LOSS_OPTIONS, **options}
     numbers = beta, label_smoothing, own["discopop_tau"], own["simpo_gamma"]
     losses, logps = _ops.dpo_fused(

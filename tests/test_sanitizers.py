@@ -114,7 +114,7 @@ BAD = {
     ),
     "bounds past the last row": (
         "cu = torch.tensor([0, 1, 3], dtype=torch.int32); x = torch.zeros(2, 5);"
-        "ops.dpo_fused(x, torch.tensor([0, 0]), cu, None, torch.ones(()), 0, 0.1, 0.0, 0.05, 0.5, -100, x.clone())",
+        "ops.dpo_fused(x, torch.tensor([0, 0]), cu, None, 1.0, 0, 0.1, 0.0, 0.05, 0.5, -100, x.clone())",
         "heap-buffer-overflow",
     ),
     "floats at an odd address": (

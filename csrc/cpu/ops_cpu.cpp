@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets
 }
 
 std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets, const Tensor& cu_rows,
-                                     const std::optional<Tensor>& ref_logps, const Tensor& grad_scale, int64_t loss,
+                                     const std::optional<Tensor>& ref_logps, double grad_scale, int64_t loss,
                                      double beta, double label_smoothing, double tau, double gamma,
                                      int64_t ignore_index, const Tensor& out) {
   check_out(out, logits);
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
   const Softmax softmax(1, std::nullopt, 1);
   const int64_t B = (cu_rows.numel() - 1) / 2;
   TORCH_CHECK(cu_rows.is_contiguous() && cu_rows.numel() == 2 * B + 1, "cu_rows is [2B + 1]");
-  TORCH_CHECK(grad_scale.numel() == 1 && (!ref_logps || ref_logps->numel() == 2 * B), "one grad_scale, 2B ref_logps");
+  TORCH_CHECK(!ref_logps || ref_logps->numel() == 2 * B, "2B ref_logps");
   const auto options = logits.options().dtype(at::kFloat);
   Tensor losses = at::empty({B}, options), logps = at::empty({2 * B}, options);
   const Tensor refs = ref_logps ? ref_logps->to(at::kFloat).contiguous() : at::zeros({2 * B}, options);
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
     logps_ptr[s] = sum;
     lengths[s] = std::max<int64_t>(length, 1);
   }
-  const float factor = grad_scale.item<float>();
+  const float factor = grad_scale;
   for (int64_t i = 0; i < B; i++) {
     const int64_t w = i, l = B + i;
     const Pair pair{logps_ptr[w], logps_ptr[l], refs_ptr[w], refs_ptr[l], lengths[w], lengths[l]};

@@ -67,12 +67,11 @@ __device__ __forceinline__ void finish_pair(const Work& work, int w) {
   const float ref_w = ref ? ref[w] : 0.0f, ref_l = ref ? ref[l] : 0.0f;
   const Pair pair{chosen.logps, rejected.logps, ref_w, ref_l, chosen.length, rejected.length};
   const PairLoss found = pair_loss(pair, pairs.options);
-  const float grad_scale = *pairs.grad_scale;
   work.losses[w] = found.loss;
   work.logps[w] = pair.pw;
   work.logps[l] = pair.pl;
-  work.coef[w] = found.gw * grad_scale;
-  work.coef[l] = found.gl * grad_scale;
+  work.coef[w] = found.gw * pairs.grad_scale;
+  work.coef[l] = found.gl * pairs.grad_scale;
   add_acq_rel(work.counters + w, 1);
 }
 

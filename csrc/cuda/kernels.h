@@ -53,7 +53,7 @@ cudaError_t scale_(void* x, Dtype dtype, int64_t parts, int64_t stride, int64_t 
 struct Pairs {
   const int* cu_rows;      // [2B + 1]
   const float* ref_logps;  // [2B], or null
-  const float* grad_scale;
+  float grad_scale;
   int B;
   LossOptions options;
 };

@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets
 }
 
 std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets, const Tensor& cu_rows,
-                                     const std::optional<Tensor>& ref_logps, const Tensor& grad_scale, int64_t loss,
+                                     const std::optional<Tensor>& ref_logps, double grad_scale, int64_t loss,
                                      double beta, double label_smoothing, double tau, double gamma,
                                      int64_t ignore_index, const Tensor& out) {
   const c10::cuda::CUDAGuard guard(logits.device());
@@ -105,15 +105,15 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
   const int64_t B = (cu_rows.numel() - 1) / 2;
   TORCH_CHECK(cu_rows.is_contiguous() && cu_rows.numel() == 2 * B + 1 && cu_rows.device() == logits.device(),
               "cu_rows is [2B + 1] on ", logits.device());
-  TORCH_CHECK(grad_scale.numel() == 1 && (!ref_logps || ref_logps->numel() == 2 * B), "one grad_scale, 2B ref_logps");
+  TORCH_CHECK(!ref_logps || ref_logps->numel() == 2 * B, "2B ref_logps");
   TORCH_CHECK(x.N + B < int64_t(1) << 30, "too many rows in one launch: ", x.N);
   Tensor losses = empty(logits, {B}), logps = empty(logits, {2 * B});
   if (B == 0) return {losses, logps};
-  const Tensor factor = floats(grad_scale, logits), refs = ref_logps ? floats(*ref_logps, logits) : Tensor();
+  const Tensor refs = ref_logps ? floats(*ref_logps, logits) : Tensor();
   const Tensor workspace = empty(logits, {3 * x.N + 3 * B + 1});
   const cuda::Pairs pairs{cu_rows.const_data_ptr<int>(),
                     ref_logps ? refs.const_data_ptr<float>() : nullptr,
-                    factor.const_data_ptr<float>(),
+                    float(grad_scale),
                     int(B),
                     {Loss(loss), float(beta), float(label_smoothing), float(tau), float(gamma)}};
   C10_CUDA_CHECK(cuda::dpo_fused(x, targets_of(targets, logits, ignore_index), pairs, losses.data_ptr<float>(),
