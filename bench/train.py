@@ -51,8 +51,8 @@ def real_pairs(model: str, data: str) -> tuple[str, list[dict]]:
     """The first pairs of a data folder, tokenised once, so that every system gets the same ids."""
     from transformers import AutoTokenizer
 
-    from dpo_fast.data import load_pairs
-    from dpo_fast.tokenization import tokenize_pairs
+    from dpo_fast.data.sources import load_pairs
+    from dpo_fast.data.tokenization import tokenize_pairs
 
     rows = load_pairs(data, split="train", log=lambda _: None).rows[:160]
     return model, tokenize_pairs(rows, AutoTokenizer.from_pretrained(model), max_length=1024).examples

@@ -4,13 +4,13 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .forest.packing import PrefixForest
 from .losses import PreferenceOutput, preference_loss
 from .ops import dpo_loss, linear_dpo_loss, linear_token_logps, sequence_logps, token_logps
-from .packing import PrefixForest
 
 if TYPE_CHECKING:
-    from .config import DPOConfig
-    from .trainer import DPOTrainer
+    from .training.config import DPOConfig
+    from .training.trainer import DPOTrainer
 
 # In a checkout kernels/ lies beside the package; installed, inside of it. Never both: a folder beside an installed
 # package may be somebody else's kernels.
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Names that need the extra [train]; importing dpo_fast needs torch and numpy alone.
-_TRAIN = {"DPOConfig": "config", "DPOTrainer": "trainer"}
+_TRAIN = {"DPOConfig": "training.config", "DPOTrainer": "training.trainer"}
 
 
 def __getattr__(name: str):

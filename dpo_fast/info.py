@@ -53,7 +53,7 @@ def _details(backend: str) -> str:
     """What is in use of a back end that comes in several forms."""
     if backend != "csrc":
         return ""
-    from . import csrc
+    from .backends import extension as csrc
 
     threads = "" if csrc.WITH_THREADS else ", one thread: built by a compiler without OpenMP"
     return f" ({csrc.INSTRUCTION_SET}{threads}{', CUDA' if csrc.WITH_CUDA else ''})"

@@ -1,265 +1,59 @@
-"""The ops in plain PyTorch: the truth of every test, and the back end `torch`, which runs wherever PyTorch does.
+"""The truth of the tests: the ops written down as their formulas, on whole logits, differentiated by autograd.
 
-Two halves. `token_logps` and `linear_token_logps` hold the whole logits and are differentiated by autograd: short enough
-to be believed. Below them are the launchers, the functions that every back end implements with the same signatures
-(kernels/ in Triton): they know rows of logits, nothing of autograd, of sequences only where rows of one begin.
-
-    logps_fwd   log-probs of the targets, and statistics            1 read of the scored rows
-    logps_bwd   their gradient times one number a row               1 read, 1 write
-    residual_   log-probs, and their gradient over the logits       1 read, 1 write
-    dpo_fused   log-probs, losses and gradient of all pairs         2 reads, 1 write
-    scale_      a tensor times a number that is on the device       nothing where the number is 1
-
-`logits` are [N, V] with entries of a row next to each other and rows of any stride, `targets` [N] int64 in [0, V) or
-`ignore_index`. Rows with an ignored target are not read: their log-prob, log-sum-exp, statistics and gradient are 0.
-What comes back is float32, float64 for float64 logits. The logits x are transformed, in the order models do it, to
-`z = softcap * tanh(scale * x / softcap) / temperature`.
+Short enough to be believed, and it shares no function with what the product runs. Tests call it in float64.
 """
 
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .sequences import loss_and_coefficients, scored_lengths, segment_ids, segment_sum
 
-# Per-row statistics beside the log-probs; none carries a gradient.
-OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-# Logits of one chunk of rows between two matrix products: on a CPU so many that the products run at full
-# speed (512 x 576 x 49152 in float32, two cores: two products in 351 ms with 512 rows a tile, 379 with 256, 458 with 128).
-TILE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
-# Of the float32 copies of rows that a launcher makes at a time, a thread: they stay in a core's cache and in the heap.
-ROW_BYTES = 2 << 20
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of log-probs and sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def transform_logits(logits, logit_scale=1.0, softcap=None, temperature=1.0) -> Tensor:
-    """Scale, soft-cap, temperature, in the order models apply them: `cap * tanh(logits * scale / cap) / temperature`."""
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return logits if temperature == 1.0 else logits / temperature
-
-
-# ---- The truth ----
-
-
-def token_logps(logits, targets, *, ignore_index=-100, temperature=1.0, softcap=None, logit_scale=1.0) -> Tensor:
-    """[..., V], [...] -> [...]: `logits.log_softmax(-1).gather(-1, targets)`, 0 where the target is ignored."""
-    scored = targets != ignore_index
-    z = transform_logits(logits.to(wide_dtype(logits.dtype)), logit_scale, softcap, temperature)
-    picked = torch.log_softmax(z, dim=-1).gather(-1, targets.masked_fill(~scored, 0)[..., None])[..., 0]
-    return torch.where(scored, picked, 0.0)
+def token_logps(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """`logits.log_softmax(-1).gather(-1, targets)` in the shape of targets, 0 where the target is ignored."""
+    z = transform_logits(logits, logit_scale, softcap, temperature)
+    return -F.cross_entropy(z.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="none").view(
+        targets.shape
+    )
 
 
 def linear_token_logps(
-    hidden, weight, targets, *, bias=None, logit_scale=1.0, softcap=None, temperature=1.0, outputs=()
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """[N, D], [V, D], [N] -> log-probs [N] and the named statistics [N]."""
-    raw = torch.nn.functional.linear(hidden, weight, bias).to(wide_dtype(hidden.dtype))
-    log_probs = torch.log_softmax(transform_logits(raw, logit_scale, softcap, temperature), dim=-1)
-    logps = log_probs.gather(-1, targets[:, None])[:, 0]
-    with torch.no_grad():
-        z = transform_logits(raw, logit_scale, softcap, temperature)
-        return logps, {name: _statistic(name, z, log_probs, logps, temperature) for name in outputs}
-
-
-def _statistic(name: str, z: Tensor, log_probs: Tensor, logps: Tensor, temperature: float) -> Tensor:
-    """[N, V] transformed logits and their log-softmax, [N] of the targets -> [N]."""
-    if name == "entropy":
-        # A masked word has log-prob -inf and probability 0; their product is 0.
-        return -torch.linalg.vecdot(log_probs.exp(), log_probs.clamp(min=torch.finfo(z.dtype).min))
-    if name == "mean_logits":
-        return z.mean(-1) * temperature
-    if name == "is_top1":
-        return logps >= log_probs.amax(-1)
-    assert name == "log_sum_sq_probs", name
-    return torch.logsumexp(2 * log_probs, dim=-1)
-
-
-# ---- The launchers ----
-
-
-def logps_fwd(
-    logits: Tensor,  # [N, V]
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
     targets: Tensor,  # [N]
     *,
-    ignore_index: int = -100,
-    scale: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Log-probs [N], log-sum-exp [N] of the transformed logits, and the named statistics [N] (`is_top1` as bool)."""
-    wide, scored = wide_dtype(logits.dtype), targets != ignore_index
-    safe = targets.masked_fill(~scored, 0)[:, None]
-    logps, lse = (logits.new_zeros(len(targets), dtype=wide) for _ in range(2))
-    stats = {name: torch.zeros_like(logps, dtype=torch.bool if name == "is_top1" else wide) for name in outputs}
-    for a, b in _scored_blocks(scored, logits):
-        z = transform_logits(logits[a:b].to(wide), scale, softcap, temperature)
-        log_probs = torch.log_softmax(z, dim=-1)
-        logps[a:b] = log_probs.gather(-1, safe[a:b])[:, 0]
-        # At the largest entry, where the difference loses nothing.
-        lse[a:b] = z.amax(-1) - log_probs.amax(-1)
-        for name in outputs:
-            stats[name][a:b] = _statistic(name, z, log_probs, logps[a:b], temperature)
-    if logits.is_cuda:
-        for x in (logps, lse, *stats.values()):
-            x.masked_fill_(~scored, 0)
-    return logps, lse, stats
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs [N] of the targets under a linear head, and the named statistics [N]."""
+    logits = F.linear(hidden, weight, bias)
+    z = transform_logits(logits, logit_scale, softcap, temperature)
+    logps = token_logps(logits, targets, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    return logps, {name: STATISTICS[name](z.detach(), targets, temperature) for name in outputs}
 
 
-def logps_bwd(
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
-    lse: Tensor,  # [N], from logps_fwd
-    coef: Tensor,  # [N]
-    *,
-    ignore_index: int = -100,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    out: Tensor,  # [N, V], the type of logits; may be logits
+def transform_logits(
+    logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """`out[n] = coef[n] * d logps[n] / d logits[n]`; returns `out`."""
-    wide, scored = wide_dtype(logits.dtype), targets != ignore_index
-    safe = targets.masked_fill(~scored, 0)[:, None]
-    factor = (coef.to(wide) * (scale / temperature))[:, None]
-    for a, b in _scored_blocks(scored, logits):
-        z = transform_logits(logits[a:b].to(wide), scale, softcap, temperature)
-        slope = None if softcap is None else 1 - (z * (temperature / softcap)) ** 2
-        g = torch.exp(z - lse[a:b, None])
-        at_target = (1 - g.gather(-1, safe[a:b])) * factor[a:b]
-        g.mul_(-factor[a:b]).scatter_(-1, safe[a:b], at_target)
-        if slope is not None:
-            g.mul_(slope)
-        out[a:b] = g.masked_fill_(~scored[a:b, None], 0) if logits.is_cuda else g
-    if not logits.is_cuda:
-        for a, b in _runs(~scored):
-            out[a:b] = 0
-    return out
+    """Scale, then soft-cap, then temperature, in float32 or wider."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
 
-def residual_(
-    logits: Tensor,  # [N, V], overwritten
-    targets: Tensor,  # [N], none ignored
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    outputs: tuple[str, ...] = (),
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs [N] and the named statistics; overwrites `logits` with `d logps[n] / d logits[n]`, for matrix products:
-
-    (onehot - softmax) * scale / temperature * (1 - tanh(scale * logits / softcap)**2)
-
-    without a coefficient, which is too small for half precision and is not known yet.
-    """
-    wide, targets = wide_dtype(logits.dtype), targets[:, None]
-    logps = logits.new_empty(len(targets), dtype=wide)
-    stats = {name: torch.empty_like(logps, dtype=torch.bool if name == "is_top1" else wide) for name in outputs}
-    for a, b in row_blocks(0, len(targets), logits):
-        z = transform_logits(logits[a:b].to(wide), scale, softcap, temperature)
-        log_probs = torch.log_softmax(z, dim=-1)
-        logps[a:b] = log_probs.gather(-1, targets[a:b])[:, 0]
-        for name in outputs:
-            stats[name][a:b] = _statistic(name, z, log_probs, logps[a:b], temperature)
-        g = log_probs.exp_().scatter_(-1, targets[a:b], torch.expm1(logps[a:b, None])).mul_(-scale / temperature)
-        if softcap is not None:
-            g.mul_(1 - (z * (temperature / softcap)) ** 2)
-        logits[a:b] = g
-    return logps, stats
-
-
-def dpo_fused(
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
-    cu_rows: Tensor,  # [2B + 1] int32 from 0 to N: the rows of sequence s begin at cu_rows[s]; B chosen, then B rejected
-    ref_logps: Tensor | None,  # [2B]; None: zeros
-    grad_scale: float | Tensor,
-    *,
-    loss_type: str,  # one of `sequences.FUSED`
-    beta: float,
-    label_smoothing: float,
-    options: dict,  # discopop_tau, simpo_gamma, where they are not losses.py's defaults
-    ignore_index: int = -100,
-    out: Tensor,  # [N, V], the type of logits; may be logits
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B], summed log-probs [2B] and `out`: `grad_scale * d losses.sum() / d logits`. One launch where there are any."""
-    chosen = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, **options}
-    launch = (logps_fwd, logps_bwd)
-    _, losses, logps = dpo_two_launches(
-        launch, logits, targets, cu_rows, ref_logps, grad_scale, options=chosen, ignore_index=ignore_index, out=out
-    )
-    return losses, logps, out
-
-
-def dpo_two_launches(
-    launch: tuple[Callable, Callable],  # logps_fwd and logps_bwd of any back end
-    logits: Tensor,
-    targets: Tensor,
-    cu_rows: Tensor,
-    ref_logps: Tensor | None,
-    grad_scale: float | Tensor,
-    *,
-    options: dict,  # of `preference_loss`
-    pair_weights: Tensor | None = None,  # [B]
-    mean_chosen_length: Tensor | None = None,
-    ignore_index: int = -100,
-    out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Every loss: the loss, losses [B] and summed log-probs [2B]; `out = grad_scale * B * d loss / d logits`."""
-    forward, backward = launch
-    transform = {"ignore_index": ignore_index, "scale": 1.0, "softcap": None, "temperature": 1.0}
-    token_logps, lse, _ = forward(logits, targets, outputs=(), **transform)
-    logps = segment_sum(token_logps, cu_rows)
-    lengths = scored_lengths(targets, ignore_index, cu_rows)
-    loss, losses, coef = loss_and_coefficients(logps, lengths, ref_logps, options, pair_weights, mean_chosen_length)
-    coef = (coef * (grad_scale * (len(logps) // 2)))[segment_ids(cu_rows, len(targets))]
-    backward(logits, targets, lse, coef, out=out, **transform)
-    return loss, losses, logps
-
-
-def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """`x *= factor` for a factor of one element on the device of x, without a host wait; returns x."""
-    if not x.is_cuda and factor.item() == 1.0:
-        return x
-    return x.mul_(factor)
-
-
-# ---- Rows at a time ----
-
-
-def chunks(n: int, v: int, dtype: torch.dtype, device: str, boundary: int = 0) -> list[tuple[int, int]]:
-    """Row ranges whose [rows, V] tile fits TILE_BYTES, none across `boundary`."""
-    rows = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (v * dtype.itemsize))
-    parts = []
-    for start, end in ((0, min(boundary, n)), (min(boundary, n), n)):
-        parts += [(a, min(a + rows, end)) for a in range(start, end, rows)]
-    return parts
-
-
-def _runs(mask: Tensor) -> list[tuple[int, int]]:
-    """Ranges [start, end) of True in a mask [N] on the CPU."""
-    edges = mask.to(torch.int8).diff(
-        prepend=mask.new_zeros(1, dtype=torch.int8), append=mask.new_zeros(1, dtype=torch.int8)
-    )
-    return list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
-
-
-def row_blocks(start: int, end: int, logits: Tensor) -> list[tuple[int, int]]:
-    """[start, end) in blocks of ROW_BYTES a thread in the wide type, on a GPU of TILE_BYTES."""
-    budget = TILE_BYTES["cuda"] if logits.is_cuda else ROW_BYTES * torch.get_num_threads()
-    rows = max(1, budget // (logits.shape[1] * wide_dtype(logits.dtype).itemsize))
-    return [(a, min(a + rows, end)) for a in range(start, end, rows)]
-
-
-def _scored_blocks(scored: Tensor, logits: Tensor) -> list[tuple[int, int]]:
-    """`row_blocks` of the scored rows; of all rows on a GPU, where a look at the mask would be a wait."""
-    runs = [(0, len(scored))] if scored.is_cuda else _runs(scored)
-    return [block for start, end in runs for block in row_blocks(start, end, logits)]
+# Statistics [N] of transformed logits z [N, V] and targets [N].
+STATISTICS = {
+    "entropy": lambda z, targets, temperature: torch.special.entr(z.softmax(-1)).sum(-1),
+    "mean_logits": lambda z, targets, temperature: (z * temperature).mean(-1),
+    "is_top1": lambda z, targets, temperature: z.gather(-1, targets[:, None])[:, 0] >= z.amax(-1),
+    "log_sum_sq_probs": lambda z, targets, temperature: z.softmax(-1).square().sum(-1).log(),
+}

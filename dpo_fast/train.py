@@ -1,7 +1,7 @@
 """`python -m dpo_fast.train`: train a model on preference pairs, with TRL's option names. Without options, the demo.
 
 What is cheap comes first: options, files, layouts, tokens, the model's configuration. Then the model is loaded. Whatever
-a user can mend ends as one line on stderr and exit status 2. Options are in options.py.
+a user can mend ends as one line on stderr and exit status 2. Options are in cli/.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint
-from .data import Pairs, load_pairs, locate, split_pairs
+from .data.sources import Pairs, load_pairs, locate, split_pairs
+from .training import checkpoint
 
 # What the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
@@ -120,9 +120,9 @@ def run(argv: list[str]) -> int:
     config = read_config(argv)
     from transformers.utils import logging as transformers_logging
 
-    from .parse_options import parse
-    from .prepare import prepare
-    from .setup_run import load_tokenizer
+    from .cli.parse import parse
+    from .data.pairs import prepare
+    from .training.run_setup import load_tokenizer
 
     script, args, model_args = parse(argv, config)
     say = print if args.process_index == 0 else _say_nothing
@@ -160,7 +160,7 @@ def _say_nothing(*_) -> None:
 
 def _check_files(script, args, model_args) -> None:
     """Everything that is named is there. Raises FileNotFoundError or ValueError."""
-    from .options import eval_sources, train_sources
+    from .cli.options import eval_sources, train_sources
 
     name, template = model_args.model_name_or_path, model_args.chat_template_path
     if Path(name).is_dir():
@@ -185,7 +185,7 @@ def _resume(args) -> str | None:
 
 def _load_pairs(script, args, say) -> dict[str, Pairs]:
     """The pairs to train on and, where the run evaluates, those to evaluate on."""
-    from .options import eval_sources, train_sources
+    from .cli.options import eval_sources, train_sources
 
     common = {
         "skip_bad_rows": args.skip_bad_rows,
@@ -206,8 +206,8 @@ def _load_pairs(script, args, say) -> dict[str, Pairs]:
 
 
 def _inspect(pairs: Pairs, tokenizer, args) -> str:
-    from .inspect_data import report
-    from .tokenization import tokenize_pairs
+    from .data.report import report
+    from .data.tokenization import tokenize_pairs
 
     tokenized = tokenize_pairs(
         pairs.rows, tokenizer, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows, log=_say_nothing
@@ -216,8 +216,8 @@ def _inspect(pairs: Pairs, tokenizer, args) -> str:
 
 
 def _train(script, args, model_args, tokenizer, data, resume, say) -> None:
-    from .setup_run import load_model
-    from .trainer import DPOTrainer
+    from .training.run_setup import load_model
+    from .training.trainer import DPOTrainer
 
     model = load_model(model_args.model_name_or_path, args)
     args.model_init_kwargs = None
@@ -248,11 +248,11 @@ def _plan_without_weights(model_args, args) -> int:
     """Rows of the model's head. Raises ValueError for a model that cannot be trained so, before its weights are read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .model import plan_model
-    from .ref_model import choose
-    from .setup_run import add_adapters, is_sharded
+    from .forest.gate import plan_model
+    from .training.ref_model import choose_reference
+    from .training.run_setup import add_adapters, is_sharded
 
-    choose(args, object(), None, is_sharded(args), adapters=model_args.use_peft)
+    choose_reference(args, object(), None, is_sharded(args), adapters=model_args.use_peft)
     remote = {"trust_remote_code": args.trust_remote_code}
     revision = args.model_init_kwargs["revision"]
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=revision, **remote)

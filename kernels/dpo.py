@@ -28,8 +28,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_fast.sequences import LOSS_OPTIONS
-
 from .logps import check_rows
 from .rows import LOG2E, reduce_row, row_blocks, row_layout, write_gradient, write_zeros
 
@@ -302,13 +300,12 @@ def _dpo_kernel(
 
 def dpo_fused(
     logits, targets, cu_rows, ref_logps, grad_scale, *,
-    loss_type, beta, label_smoothing, options, ignore_index=-100, out,
+    loss_type, beta, label_smoothing, discopop_tau, simpo_gamma, ignore_index=-100, out,
 ):  # fmt: skip
     """Losses [B], log-probs [2B] (chosen, then rejected; float32) and the gradient `out` [N, V] of pairs of sequences.
 
     Sequence s scores rows cu_rows[s] to cu_rows[s + 1] of logits [N, V]; cu_rows is int32 [2B + 1] from 0 to N.
-    `loss_type` is one of PAIR_LOSSES; `options` holds discopop_tau or simpo_gamma where they differ from losses.py's
-    defaults; `ref_logps` is [2B] or None. `out` is grad_scale (a float, or a tensor of one number) times
+    `loss_type` is one of PAIR_LOSSES; `ref_logps` is [2B] or None. `out` is grad_scale (a float, or a tensor of one number) times
     d losses.sum() / d logits, in the type of logits; it may be `logits`. Rows whose target is `ignore_index` are not
     read, and zero in `out`.
     """
@@ -318,12 +315,10 @@ def dpo_fused(
     N, V = logits.shape
     B = (cu_rows.numel() - 1) // 2
     assert (cu_rows.numel(), cu_rows.dtype) == (2 * B + 1, torch.int32), (cu_rows.shape, cu_rows.dtype)
-    assert options.keys() <= {"discopop_tau", "simpo_gamma"}, options
     device = logits.device
     losses, logps, coef = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, 2 * B, 2 * B))
     top, log_total, row_logps = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
     counters = torch.zeros(B + 1, dtype=torch.int32, device=device)
-    own = {**LOSS_OPTIONS, **options}
     scale_is_tensor = isinstance(grad_scale, torch.Tensor)
     _dpo_kernel[(min(program_count(device), 2 * (N + B)),)](
         logits, targets, cu_rows, cu_rows if ref_logps is None else ref_logps,
@@ -331,7 +326,7 @@ def dpo_fused(
         out, losses, logps, top, log_total, row_logps, coef, counters,
         logits.stride(0), out.stride(0), N, V, B, ignore_index,
         float(beta), float(label_smoothing),
-        float(own["discopop_tau"]), float(own["simpo_gamma"]),
+        float(discopop_tau), float(simpo_gamma),
         LOSS=PAIR_LOSSES[loss_type], HAS_REF=ref_logps is not None, SCALE_IS_TENSOR=scale_is_tensor,
         PAIRS=max(64, triton.next_power_of_2(B)),
         **row_layout(logits, out), **row_blocks(V, logits.dtype),

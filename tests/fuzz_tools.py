@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from op_tools import FLOORS, HALF, assert_within_rule
 
 from dpo_fast import reference
-from dpo_fast.losses import LOSSES, reference_free
-from dpo_fast.sequences import loss_and_coefficients, segment_sum
+from dpo_fast.backends.sequences import segment_sum
+from dpo_fast.loss_table import LOSSES
+from dpo_fast.losses import LossOptions, loss_and_coefficients
 
 EPS = 2.0**-21  # four units in the last place of float32
 DTYPES = [torch.float32, *HALF]
@@ -172,7 +173,7 @@ def nearby(logps, ref, lengths, options, per_token):
     step = EPS * (1 + size) + lengths * per_token
     one = torch.ones(len(logps) // 2, dtype=torch.float64)
     at = [
-        loss_and_coefficients(logps + sign * step, lengths, ref, options)
+        loss_and_coefficients(LossOptions(**options), logps + sign * step, lengths, ref)
         for sign in (0, torch.cat([one, -one]), torch.cat([-one, one]), 1, -1)
     ]
     moved = [max((x - y).abs().max().item() for y in rest) for x, *rest in zip(*at, strict=True)]
@@ -205,7 +206,7 @@ def shaped(x, case, between=0):
 
 
 def references(case, logps):
-    if case["ref"] is None or reference_free(case["options"]["loss_type"]):
+    if case["ref"] is None or LossOptions(case["options"]["loss_type"]).reference_free:
         return None
     rng = torch.Generator().manual_seed(case["seed"] + 1)
     return (logps + case["ref"] * torch.randn(len(logps), generator=rng, dtype=torch.float64)).float()

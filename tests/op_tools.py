@@ -8,8 +8,8 @@ import torch
 
 from dpo_fast import backends, reference
 from dpo_fast.backends import BACKENDS, resolve
+from dpo_fast.backends.sequences import scored_lengths, segment_sum
 from dpo_fast.losses import preference_loss
-from dpo_fast.sequences import scored_lengths, segment_sum
 
 HALF = [torch.bfloat16, torch.float16]
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}

@@ -8,9 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_fast import attention
-from dpo_fast.attention import block_attention, forest_attention, matmul_attention, plan_blocks
-from dpo_fast.packing import PrefixForest
+from dpo_fast.forest import attention
+from dpo_fast.forest.attention import block_attention, forest_attention, matmul_attention, plan_blocks
+from dpo_fast.forest.packing import PrefixForest
 
 SYSTEM = list(range(50, 90))  # a system prompt that all prompts begin with
 

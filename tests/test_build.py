@@ -111,5 +111,5 @@ def test_sdist_holds_what_a_build_needs(checkout, tmp_path):
     with tarfile.open(archive) as opened:
         held = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
     kernels = {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert {*CSRC, *kernels, "setup.py", "pyproject.toml", "LICENSE", "dpo_fast/csrc.py"} <= held
+    assert {*CSRC, *kernels, "setup.py", "pyproject.toml", "LICENSE", "dpo_fast/backends/extension.py"} <= held
     assert not [name for name in held if name.endswith((".so", ".o", ".pyc"))]

@@ -13,8 +13,8 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 yaml = pytest.importorskip("yaml")
 
-from dpo_fast import setup_run  # noqa: E402
 from dpo_fast.train import main  # noqa: E402
+from dpo_fast.training import run_setup as setup_run  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a{% endif %}"

@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
-from dpo_fast.attention import block_attention
-from dpo_fast.flex import flex_attention_forest
-from dpo_fast.packing import PrefixForest
-from dpo_fast.varlen import sum_over_readers, varlen_attention_forest
+from dpo_fast.forest.attention import block_attention
+from dpo_fast.forest.flex import flex_attention_forest
+from dpo_fast.forest.packing import PrefixForest
+from dpo_fast.forest.varlen import sum_over_readers, varlen_attention_forest
 
 
 def forest() -> PrefixForest:

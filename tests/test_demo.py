@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_fast import demo
-from dpo_fast.data import load_pairs
-from dpo_fast.demo import Settings, answer, one_thread, run
-from dpo_fast.demo_data import (
+from dpo_fast.data.sources import load_pairs
+from dpo_fast.demo import stages as demo
+from dpo_fast.demo.questions import (
     POLITE,
     TERSE,
     Question,
@@ -21,6 +20,7 @@ from dpo_fast.demo_data import (
     make_questions,
     pair,
 )
+from dpo_fast.demo.stages import Settings, answer, one_thread, run
 
 SEVEN = Question("Q: What is 3 plus 4?\nA: ", "7", "the sum is 7")
 

@@ -8,10 +8,12 @@ import torch
 from op_tools import FLOORS, HALF, assert_within_rule, double, fields, pairs, poison, truth  # noqa: F401 - poison is autouse
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_fast import dpo_loss, head_ops, linear_dpo_loss, logits_ops
-from dpo_fast.losses import LOSSES, reference_free
-from dpo_fast.reference import TILE_BYTES
-from dpo_fast.sequences import FUSED
+from dpo_fast import dpo_loss, linear_dpo_loss
+from dpo_fast.backends.eager import TILE_BYTES
+from dpo_fast.loss_table import FUSED, LOSSES
+from dpo_fast.losses import LossOptions
+from dpo_fast.ops import head as head_ops
+from dpo_fast.ops import logits as logits_ops
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -39,7 +41,7 @@ MIXED = {
 
 
 def ref_for(loss_type, count, seed=5):
-    if reference_free(loss_type):
+    if LossOptions(loss_type).reference_free:
         return None
     return -4 * torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
@@ -197,7 +199,7 @@ def test_peaked(dtype, backend):
 def test_margins_of_ten_thousand(sign, name, backend):
     logits, targets, cu = pairs(LENGTHS, V, packed=True, dtype=torch.float32)
     ref = sign * 1e4 * torch.tensor([1.0] * 4 + [-1.0] * 4)
-    ref = None if reference_free(name) else ref
+    ref = None if LossOptions(name).reference_free else ref
     if ref is None:
         logits[: cu[4]] *= 0
         logits[torch.arange(len(logits)), targets.clamp(min=0)] -= sign * 40.0

@@ -32,8 +32,9 @@ from hypothesis import strategies as st
 from op_tools import fields, truth
 
 from dpo_fast import dpo_loss, reference, token_logps
-from dpo_fast.reference import OUTPUTS
-from dpo_fast.sequences import scored_lengths
+from dpo_fast.backends import eager
+from dpo_fast.backends.eager import OUTPUTS
+from dpo_fast.backends.sequences import scored_lengths
 
 # ---- Log-probs ----
 
@@ -82,7 +83,7 @@ def test_token_logps(backend, case):
         return {"logps": logps.detach(), **stats, "dlogits": dlogits}
 
     def expected(x):
-        z = reference.transform_logits(x.to(reference.wide_dtype(x.dtype)), *transform.values())
+        z = reference.transform_logits(x.to(eager.wide_dtype(x.dtype)), *transform.values())
         log_probs = torch.log_softmax(z, -1)
         stats = {}
         for name in outputs:
@@ -144,7 +145,7 @@ def test_dpo_loss(backend, case):
             memory = leaf.as_strided((leaf.untyped_storage().nbytes() // leaf.element_size(),), (1,), 0).clone()
             leaf = memory.as_strided(x.shape, x.stride(), x.storage_offset())
         leaf.requires_grad_()
-        wide = None if ref is None else ref.to(reference.wide_dtype(x.dtype))
+        wide = None if ref is None else ref.to(eager.wide_dtype(x.dtype))
         out = function(leaf, targets, wide, cu_seqlens=bounds, **case["options"], **more)
         return fields(out, case["loss_grad"], logits=leaf)
 

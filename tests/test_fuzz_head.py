@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from op_tools import fields, truth
 
 from dpo_fast import linear_dpo_loss, linear_token_logps, reference
-from dpo_fast.reference import TILE_BYTES
-from dpo_fast.sequences import scored_lengths
+from dpo_fast.backends.eager import TILE_BYTES
+from dpo_fast.backends.sequences import scored_lengths
 
 HIDDEN = {"zero": 0.0, "small": 1e-3, "normal": 1.0, "large": 40.0}
 HEAD = {

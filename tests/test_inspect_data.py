@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from dpo_fast.data import Pairs, load_pairs
-from dpo_fast.inspect_data import count_tokens, report
-from dpo_fast.packing import PrefixForest
-from dpo_fast.tokenization import TokenizedPairs, tokenize_pairs
+from dpo_fast.data.report import count_tokens, report
+from dpo_fast.data.sources import Pairs, load_pairs
+from dpo_fast.data.tokenization import TokenizedPairs, tokenize_pairs
+from dpo_fast.forest.packing import PrefixForest
 
 SHARED = Path(__file__).parents[1] / "../shared"
 
@@ -121,7 +121,9 @@ def test_token_counts_are_those_of_the_forest():
         counts = count_tokens(batch, 6)
         for share, name in (("none", "packed"), ("prompt", "prompt shared"), ("prefix", "prefix shared")):
             assert PrefixForest.from_pairs(batch, share=share, keep_last=True).rows == counts[name], share
-        assert PrefixForest.from_pairs(batch).padded_tokens == counts["padded"]
+        assert counts["padded"] == 12 * max(
+            len(e["prompt_ids"]) + len(e[k]) for e in batch for k in ("chosen_ids", "rejected_ids")
+        )
 
 
 def test_refusals():

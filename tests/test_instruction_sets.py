@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_fast import reference
-from dpo_fast.backends import available_backends
+from dpo_fast.backends import available_backends, eager
 from dpo_fast.info import main as info
 
 csrc = pytest.importorskip("dpo_fast.csrc", reason="the extension is not built")
@@ -52,7 +51,7 @@ RUN = """
 import sys
 import time
 import pytest
-from dpo_fast import csrc
+from dpo_fast.backends import extension as csrc
 assert csrc.INSTRUCTION_SET == sys.argv[1], csrc.INSTRUCTION_SET
 sys.exit(pytest.main(sys.argv[2:]))
 """
@@ -156,13 +155,13 @@ def launches(dtype):
     coef, cu = torch.randn(n, generator=rng), torch.tensor([0, 9, 9, 20, 37], dtype=torch.int32)
     options = {"scale": -0.5, "softcap": 20.0, "temperature": 0.8}
     options = options if dtype == torch.float16 else {"scale": 1.5, "softcap": None, "temperature": 1.0}
-    logps, lse, stats = csrc.logps_fwd(x, scored, outputs=reference.OUTPUTS, **options)
+    logps, lse, stats = csrc.logps_fwd(x, scored, outputs=eager.OUTPUTS, **options)
     found = {"logps": logps, "lse": lse, **stats}
     found["dlogits"] = csrc.logps_bwd(x, scored, lse, coef, out=torch.empty(n, v, dtype=dtype), **options)
     given = x.clone()
-    found["residual logps"], stats = csrc.residual_(given, targets, outputs=reference.OUTPUTS, **options)
+    found["residual logps"], stats = csrc.residual_(given, targets, outputs=eager.OUTPUTS, **options)
     found |= {"residual": given} | {f"residual {name}": value for name, value in stats.items()}
-    loss = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.1, "options": {}}
+    loss = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.1, "discopop_tau": 0.05, "simpo_gamma": 0.5}
     out = torch.empty(n, v, dtype=dtype)
     found["losses"], found["sums"], found["fused"] = csrc.dpo_fused(x, scored, cu, None, 0.5, out=out, **loss)
     given = x.clone()

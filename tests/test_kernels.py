@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from dpo_fast import reference
-from dpo_fast.losses import LOSSES, preference_loss
+from dpo_fast.loss_table import LOSSES
+from dpo_fast.losses import preference_loss
 
 triton = pytest.importorskip("triton", reason="no triton on this machine")
 from dpo_fast.kernels import dpo, logps, rows  # noqa: E402
@@ -310,7 +311,7 @@ def fused(logits, targets, cu, ref, grad_scale=1.0, loss_type="sigmoid", out=Non
     out = torch.empty_like(logits) if out is None else out
     return dpo.dpo_fused(
         logits, targets, cu, ref, grad_scale, loss_type=loss_type, beta=beta, label_smoothing=smoothing,
-        options=options, ignore_index=-100, out=out,
+        **{"discopop_tau": 0.05, "simpo_gamma": 0.5, **options}, ignore_index=-100, out=out,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def fused(v, dtype, loss_type="sigmoid", grad_scale=1.0):
     ref = None if loss_type == "simpo" else meta(2 * B)
     dpo.dpo_fused(
         x, targets, meta(2 * B + 1, dtype=torch.int32), ref, grad_scale, loss_type=loss_type, beta=0.1,
-        label_smoothing=0.0, options={}, ignore_index=-100, out=x,
+        label_smoothing=0.0, discopop_tau=0.05, simpo_gamma=0.5, ignore_index=-100, out=x,
     )  # fmt: skip
 
 

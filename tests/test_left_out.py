@@ -11,7 +11,9 @@ import tiny
 from test_protocol import LSTM
 from test_trainer import config, weights
 
-from dpo_fast import DPOTrainer, collate, model, ops, packing
+from dpo_fast import DPOTrainer, ops
+from dpo_fast.forest import batch as collate
+from dpo_fast.forest import model, packing
 from dpo_fast.losses import preference_loss
 
 MARGIN = {

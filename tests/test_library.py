@@ -9,18 +9,12 @@ import torch
 from op_tools import fields
 
 import dpo_fast
-from dpo_fast import (
-    backends,
-    head_ops,
-    library,
-    linear_dpo_loss,
-    linear_token_logps,
-    logits_ops,
-    sequence_logps,
-    token_logps,
-)
+from dpo_fast import backends, linear_dpo_loss, linear_token_logps, sequence_logps, token_logps
 from dpo_fast.backends import BACKENDS, available_backends, resolve
-from dpo_fast.reference import OUTPUTS
+from dpo_fast.backends.eager import OUTPUTS
+from dpo_fast.ops import head as head_ops
+from dpo_fast.ops import logits as logits_ops
+from dpo_fast.ops import torch_library as library
 
 S, T, V, D = 4, 3, 11, 5
 NUMBERS = [0.1, 0.0, 0.5, 0.05, 0.5]

@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_fast.losses import (
-    F_DIVERGENCES,
-    LOSSES,
-    margin_only,
-    preference_loss,
-    reference_free,
-    sum_logps,
-    validate_loss_options,
-    wpo_weights,
-)
+from dpo_fast.forest.paths import sum_logps, wpo_weights
+from dpo_fast.loss_table import F_DIVERGENCES, LOSSES
+from dpo_fast.losses import LossOptions, preference_loss
 
 FIXTURE = Path(__file__).parents[2] / "shared" / "fixtures" / "trl_losses.json"
 words = str.split
@@ -303,25 +296,25 @@ def test_gradcheck(name, f):
 @pytest.mark.parametrize(("name", "f"), WITH_DIVERGENCES)
 def test_margin_losses_have_opposite_derivatives(name, f):
     """dL/dchosen_logps + dL/drejected_logps is 0 for every pair where the table says so, and nowhere else."""
-    assert margin_only(name, f) == (name in MARGIN and f == "reverse_kl")
+    assert LossOptions(name, f_divergence_type=f).margin_only == (name in MARGIN and f == "reverse_kl")
     weights = None if LOSSES[name].over_batch or LOSSES[name].token_mean else torch.rand(6, dtype=torch.float64) + 0.5
     for seed in range(5):
         data = batch(name, seed=seed)
         grad = grads(data, **options(name), f_divergence_type=f, pair_weights=weights)[1]
         largest = grad.abs().amax()
         assert largest > 0
-        if margin_only(name, f):
+        if LossOptions(name, f_divergence_type=f).margin_only:
             assert grad.sum(0).abs().amax() <= 1e-12 * largest
         else:
             assert grad.sum(0).abs().amax() > 1e-2 * largest
 
 
 def test_several_losses_are_a_margin_loss_where_each_is():
-    assert margin_only(["sigmoid", "hinge"])
-    assert not margin_only(["sigmoid", "sft"])
-    assert not margin_only("sigmoid", "js_divergence")
+    assert LossOptions(["sigmoid", "hinge"]).margin_only
+    assert not LossOptions(["sigmoid", "sft"]).margin_only
+    assert not LossOptions("sigmoid", f_divergence_type="js_divergence").margin_only
     with pytest.raises(ValueError, match="loss_type is 'sigmod'"):
-        margin_only("sigmod")
+        _ = LossOptions("sigmod").margin_only
 
 
 def test_only_the_loss_carries_a_gradient():
@@ -533,22 +526,22 @@ def test_wpo_weights():
 
 def test_table():
     assert list(LOSSES) == LOSS_NAMES
-    assert {name for name in LOSSES if reference_free(name)} == REFERENCE_FREE
+    assert {name for name in LOSSES if LossOptions(name).reference_free} == REFERENCE_FREE
     assert {name for name, row in LOSSES.items() if row.over_batch} == OVER_BATCH
     assert {name for name, row in LOSSES.items() if row.label_smoothing} == set(SMOOTHED)
     assert {name for name, row in LOSSES.items() if row.f_divergence} == {*F_LOSSES, "sft"}
     assert {n for n, row in LOSSES.items() if row.needs_lengths} == {"ipo", "sigmoid_norm", *REFERENCE_FREE}
-    assert reference_free(["sft", "simpo"])
-    assert not reference_free(["sft", "sigmoid"])
+    assert LossOptions(["sft", "simpo"]).reference_free
+    assert not LossOptions(["sft", "sigmoid"]).reference_free
 
 
 def test_valid_options():
-    assert validate_loss_options() == [("sigmoid", 1.0)]
+    assert LossOptions().check().names == ["sigmoid"]
     mpo = ["sigmoid", "bco_pair", "sft"]
-    assert validate_loss_options(mpo, loss_weights=[0.8, 0.2, 1]) == list(zip(mpo, [0.8, 0.2, 1.0], strict=True))
-    assert validate_loss_options(mpo, label_smoothing=0.1) == [(name, 1.0) for name in mpo]
-    assert validate_loss_options(["ipo", "sft"], f_divergence_type="forward_kl") == [("ipo", 1.0), ("sft", 1.0)]
-    assert validate_loss_options("ipo", ld_alpha=0.5, pair_weights=True) == [("ipo", 1.0)]
+    assert LossOptions(mpo, loss_weights=[0.8, 0.2, 1]).check().weights == [0.8, 0.2, 1.0]
+    assert LossOptions(mpo, label_smoothing=0.1).check().weights == [1.0] * 3
+    assert LossOptions(["ipo", "sft"], f_divergence_type="forward_kl").check().names == ["ipo", "sft"]
+    assert LossOptions("ipo").check(ld_alpha=0.5, pair_weights=True).weights == [1.0]
 
 
 REFUSED_OPTIONS = [
@@ -590,7 +583,7 @@ REFUSED_OPTIONS = [
 @pytest.mark.parametrize(("argument", "given"), REFUSED_OPTIONS)
 def test_refused_options(argument, given):
     with pytest.raises(ValueError, match=rf"^{argument} is "):
-        validate_loss_options(**given)
+        LossOptions(**given).check()
     data = {k: v for k, v in batch("sigmoid").items() if not k.startswith("ref_")}
     with pytest.raises(ValueError, match=rf"^{argument} is "):
         preference_loss(**data, **given)
@@ -599,7 +592,7 @@ def test_refused_options(argument, given):
 @pytest.mark.parametrize("name", ["sft", "orpo", "aot", "aot_unpaired"])
 def test_refused_pair_weights(name):
     with pytest.raises(ValueError, match=r"^pair_weights cannot"):
-        validate_loss_options(["sigmoid", name], pair_weights=True)
+        LossOptions(["sigmoid", name]).check(pair_weights=True)
     with pytest.raises(ValueError, match=r"^pair_weights cannot"):
         preference_loss(**batch(name), loss_type=name, pair_weights=torch.ones(6))
 
@@ -607,7 +600,7 @@ def test_refused_pair_weights(name):
 @pytest.mark.parametrize(("name", "ld_alpha"), [("sft", 0.5), ("orpo", 0.5), ("sigmoid", -0.1), ("sigmoid", 1.1)])
 def test_refused_ld_alpha(name, ld_alpha):
     with pytest.raises(ValueError, match=r"^ld_alpha is"):
-        validate_loss_options(name, ld_alpha=ld_alpha)
+        LossOptions(name).check(ld_alpha=ld_alpha)
 
 
 def test_refused_ld_alpha_of_sums():
@@ -618,7 +611,6 @@ def test_refused_ld_alpha_of_sums():
         sum_logps(tokens, n, partner_lengths=n, ld_alpha=2)
 
 
-@pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
@@ -642,9 +634,9 @@ def test_refused_ld_alpha_of_sums():
         ("sft", {"mean_chosen_length": 0.0}, "^mean_chosen_length is 0"),
     ],
 )
-def test_refused_data(name, changed, message, validate):
+def test_refused_data(name, changed, message):
     with pytest.raises(ValueError, match=message):
-        preference_loss(**batch(name) | changed, **options(name), validate=validate)
+        preference_loss(**batch(name) | changed, **options(name))
 
 
 def test_lengths_are_data():

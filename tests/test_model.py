@@ -20,11 +20,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dpo_fast import attention, verify
-from dpo_fast import model as model_module
+from dpo_fast.forest import attention
+from dpo_fast.forest import model as model_module
+from dpo_fast.forest.gate import base_model, has_aux_loss, plan_model
+from dpo_fast.forest.model import evaluating, prepare_model, restore_model
+from dpo_fast.forest.packing import PrefixForest
 from dpo_fast.losses import preference_loss
-from dpo_fast.model import base_model, evaluating, has_aux_loss, plan_model, prepare_model, restore_model
-from dpo_fast.packing import PrefixForest
+from dpo_fast.training import start_checks as verify
 
 VOCAB = 61
 COMMON = {

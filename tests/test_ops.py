@@ -8,14 +8,16 @@ import torch
 from op_tools import FLOORS, HALF, assert_within_rule, pairs, poison  # noqa: F401 - poison is autouse
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_fast import head_ops, ops, reference
+from dpo_fast import ops, reference
+from dpo_fast.backends import eager
+from dpo_fast.backends.sequences import segment_ids, segment_sum
+from dpo_fast.ops import head as head_ops
 from dpo_fast.ops import linear_token_logps, sequence_logps, token_logps
-from dpo_fast.sequences import segment_ids, segment_sum
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 NAMES = ("hidden", "weight", "bias")
-ALL = reference.OUTPUTS
+ALL = eager.OUTPUTS
 SHAPES = [(1, 5, 7), (13, 7, 31), (20, 8, 64), (37, 3, 101), (3, 1, 2), (5, 2, 1)]  # N, D, V
 TRANSFORMS = {
     "plain": {},

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from dpo_fast.optim import MasterWeights
+from dpo_fast.training.optim import MasterWeights
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 

@@ -8,11 +8,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
-from dpo_fast import DPOConfig, config, options
-from dpo_fast.data import Pairs, Source, split_pairs
-from dpo_fast.options import eval_sources, train_sources
-from dpo_fast.parse_options import parse
+from dpo_fast import DPOConfig
+from dpo_fast.cli import options
+from dpo_fast.cli.options import eval_sources, train_sources
+from dpo_fast.cli.parse import parse
+from dpo_fast.data.sources import Pairs, Source, split_pairs
 from dpo_fast.train import read_config
+from dpo_fast.training import config
 
 BASE = {"model_name_or_path": "model", "dataset_name": "pairs", "use_cpu": True}
 

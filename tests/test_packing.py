@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_fast import packing
-from dpo_fast.packing import MIN_SHARED_ACROSS_PROMPTS, SHARE_MODES, PrefixForest
+from dpo_fast.forest import packing
+from dpo_fast.forest.packing import MIN_SHARED_ACROSS_PROMPTS, SHARE_MODES, PrefixForest
 
 LONG = list(range(100, 100 + MIN_SHARED_ACROSS_PROMPTS))
 SHORT = LONG[:-1]
@@ -129,7 +129,7 @@ def check(sequences, share, keep_last):
 
     # Scored tokens: each path's targets are the completion, each predicted by a row that has read what precedes it.
     n = len(forest.targets)
-    assert len(forest.live_rows) == len(forest.multiplicity) == n
+    assert len(forest.live_rows) == n
     counts = [0] * n
     item_node = {}
     for s, (prompt, completion) in enumerate(sequences):
@@ -146,7 +146,6 @@ def check(sequences, share, keep_last):
             assert item_node.setdefault(item, (owners[s][d], prefixes[s][d])) == (owners[s][d], prefixes[s][d])
         assert completion == scored[len(scored) - len(completion) :] or not prompt
     assert len(set(item_node.values())) == n
-    assert forest.multiplicity.tolist() == counts
     assert min(counts) > 0
     assert forest.path_index.shape == (len(sequences), int(forest.lengths.max()))
 
@@ -156,11 +155,8 @@ def check(sequences, share, keep_last):
     else:
         assert forest.sequence_rows.numel() == 0
     assert forest.num_tokens == sum(map(len, tokens))
-    assert forest.padded_tokens == len(tokens) * max(map(len, tokens))
     dtypes = {torch.int32: "subtree_end cu_q cu_k"}
-    dtypes[torch.int64] = (
-        "input_ids position_ids live_rows targets multiplicity path_index lengths key_rows sequence_rows"
-    )
+    dtypes[torch.int64] = "input_ids position_ids live_rows targets path_index lengths key_rows sequence_rows"
     for dtype, names in dtypes.items():
         assert all(getattr(forest, name).dtype == dtype for name in names.split())
     return forest
@@ -261,9 +257,9 @@ def check_cancelling(examples, share, keep_last, fewest):
     assert whole.grad_items == n
     assert moved.grad_items == n - left_out
     for name in vars(whole):
-        if name not in ("live_rows", "targets", "multiplicity", "path_index", "grad_items"):
+        if name not in ("live_rows", "targets", "path_index", "grad_items"):
             assert getattr(moved, name) is getattr(whole, name), name
-    for name in ("live_rows", "targets", "multiplicity"):
+    for name in ("live_rows", "targets"):
         values, before = getattr(moved, name), getattr(whole, name)
         assert values.dtype == before.dtype
         assert torch.equal(moved.gather_paths(values), whole.gather_paths(before)), name

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from dpo_fast import verify
+from dpo_fast.forest.gate import Plan, base_model, has_aux_loss, plan_model
+from dpo_fast.forest.model import prepare_model, restore_model
+from dpo_fast.forest.packing import PrefixForest
 from dpo_fast.losses import preference_loss
-from dpo_fast.model import Plan, base_model, has_aux_loss, plan_model, prepare_model, restore_model
-from dpo_fast.packing import PrefixForest
+from dpo_fast.training import start_checks as verify
 
 VOCAB, D = 61, 12
 PROMPTS = [[5, 9, 3, 7], [5, 9, 3, 7], [8, 1], [5, 9, 3, 7], [5, 9, 3, 7], [8, 1]]

@@ -10,13 +10,13 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import dpo_fast.ref_cache as ref_cache
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import dpo_fast.ref_cache as ref_cache
-from dpo_fast.ref_cache import RefCache, compute_missing, weights_fingerprint
+from dpo_fast.training.ref_cache import RefCache, compute_missing, weights_fingerprint
 
 KEY = {"weights": "w0", "precision": "bf16", "version": "1"}
 ROOT = Path(ref_cache.__file__).parents[1]

@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 
 import tiny
 
-from dpo_fast import DPOConfig, DPOTrainer, checkpoint
+from dpo_fast import DPOConfig, DPOTrainer
+from dpo_fast.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 

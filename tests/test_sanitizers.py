@@ -48,14 +48,14 @@ import torch
 spec = importlib.util.spec_from_file_location("dpo_fast._csrc", sys.argv.pop(1))
 module = sys.modules["dpo_fast._csrc"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-from dpo_fast import csrc
+from dpo_fast.backends import extension as csrc
 assert csrc._csrc is module and module.__file__ == spec.origin
 ops = torch.ops.dpo_fast_csrc
 """
 PYTEST = """
 import pytest
 status = pytest.main(sys.argv[1:])
-assert sys.modules["dpo_fast._csrc"] is module and sys.modules["dpo_fast.csrc"]._csrc is module
+assert sys.modules["dpo_fast._csrc"] is module and sys.modules["dpo_fast.backends.extension"]._csrc is module
 sys.exit(status)
 """
 

@@ -8,9 +8,9 @@ import pytest
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from dpo_fast import tokenization as tokenize_module  # noqa: E402
-from dpo_fast.data import DataError, load_pairs  # noqa: E402
-from dpo_fast.tokenization import tokenize_pairs  # noqa: E402
+from dpo_fast.data import tokenization as tokenize_module  # noqa: E402
+from dpo_fast.data.sources import DataError, load_pairs  # noqa: E402
+from dpo_fast.data.tokenization import tokenize_pairs  # noqa: E402
 
 SHARED = Path(__file__).parents[1] / "../shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")

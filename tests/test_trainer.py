@@ -113,7 +113,7 @@ def test_reference_modes_agree_and_start_at_ln_2(tmp_path, mode, caplog):
 
 
 def test_a_wrong_start_is_said(tmp_path, caplog, monkeypatch):
-    from dpo_fast import trainer as module
+    from dpo_fast.training import trainer as module
 
     real = module.precompute
     monkeypatch.setattr(module, "precompute", lambda *args: real(*args) - [0.0, 0.5])
@@ -260,7 +260,7 @@ def test_pairs_of_another_run_get_a_reference_of_their_own(tmp_path):
 
 
 def test_pairs_without_a_reference_are_not_taken_for_a_uniform_one(tmp_path):
-    from dpo_fast.prepare import PairDataset
+    from dpo_fast.data.pairs import PairDataset
 
     trainer = DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=tiny.pairs(4))
     with pytest.raises(ValueError, match="no reference log-probs"):

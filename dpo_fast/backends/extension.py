@@ -1,0 +1,69 @@
+"""The launchers of the compiled extension (csrc/), with the signatures of eager.py.
+
+What stands here is the way to its ops, torch.ops.dpo_fast_csrc.*; the dispatcher takes the processor's or CUDA's.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .eager import OUTPUTS
+
+_csrc = importlib.import_module("dpo_fast._csrc")
+
+LOSS_IDS = {name: k for k, name in enumerate(_csrc.losses)}
+WITH_CUDA = _csrc.cuda
+WITH_THREADS = _csrc.threads  # by OpenMP; without it rows of the processor go one after the other
+TORCH_VERSION = _csrc.torch_version  # that it was compiled for
+INSTRUCTION_SET = _csrc.instruction_set  # whose rows run on this processor: DEFAULT, AVX2 or AVX512
+
+_ops = torch.ops.dpo_fast_csrc
+
+
+def _named(statistics: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    rows = {name: statistics[OUTPUTS.index(name)] for name in outputs}
+    return {name: row.bool() if name == "is_top1" else row for name, row in rows.items()}
+
+
+def logps_fwd(logits, targets, *, ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, outputs=()):
+    logps, lse, stats = _ops.logps_fwd(logits, targets, ignore_index, scale, softcap, temperature, bool(outputs))
+    return logps, lse, _named(stats, outputs)
+
+
+def logps_bwd(logits, targets, lse, coef, *, ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, out):
+    _ops.logps_bwd(logits, targets, lse, coef, ignore_index, scale, softcap, temperature, out)
+    return out
+
+
+def residual_(logits, targets, *, scale=1.0, softcap=None, temperature=1.0, outputs=()):
+    logps, stats = _ops.residual_(logits, targets, scale, softcap, temperature, bool(outputs))
+    return logps, _named(stats, outputs)
+
+
+def dpo_fused(
+    logits,
+    targets,
+    cu_rows,
+    ref_logps,
+    grad_scale,
+    *,
+    loss_type,
+    beta,
+    label_smoothing,
+    discopop_tau,
+    simpo_gamma,
+    ignore_index=-100,
+    out,
+):
+    assert not isinstance(grad_scale, Tensor), "a number: to read it off a device would be a wait"
+    numbers = beta, label_smoothing, discopop_tau, simpo_gamma
+    losses, logps = _ops.dpo_fused(
+        logits, targets, cu_rows, ref_logps, grad_scale, LOSS_IDS[loss_type], *numbers, ignore_index, out
+    )
+    return losses, logps, out
+
+
+def scale_(x, factor):
+    _ops.scale_(x, factor)
+    return x

@@ -1,0 +1,27 @@
+"""Which sequence a row belongs to: sums over the rows of each, and the way back from a sequence to its rows.
+
+Rows [N] of sequence s are `cu_rows[s]:cu_rows[s + 1]`. Nothing here waits for the device, and every sum has a fixed order.
+"""
+
+import torch
+from torch import Tensor
+
+
+def segment_sum(values: Tensor, cu_rows: Tensor) -> Tensor:
+    """[N], [S + 1] -> [S]: `values[cu_rows[s]:cu_rows[s + 1]].sum()`, in float64; the type of values comes back."""
+    total = torch.segment_reduce(values.double(), "sum", offsets=cu_rows.long(), initial=0, unsafe=True)
+    return total.to(values.dtype)
+
+
+def segment_ids(cu_rows: Tensor, n: int) -> Tensor:
+    """[S + 1] -> [N]: the sequence of each row."""
+    rows = torch.arange(n, dtype=cu_rows.dtype, device=cu_rows.device)
+    return torch.searchsorted(cu_rows, rows, right=True) - 1
+
+
+def scored_lengths(targets: Tensor, ignore_index: int, cu_rows: Tensor | None = None) -> Tensor:
+    """Scored tokens of each sequence, int32: [S, T] -> [S], or [N] with `cu_rows` [S + 1] -> [S]."""
+    scored = targets != ignore_index
+    if cu_rows is None:
+        return scored.sum(-1, dtype=torch.int32)
+    return segment_sum(scored.to(torch.float64), cu_rows).to(torch.int32)

@@ -1,0 +1,244 @@
+"""The options of `python -m dpo_fast.train` beside DPOConfig's: TRL's names and defaults, and which of them go together.
+
+What TRL 1.16 has and dpo_fast cannot honour is in `REFUSED` here (model and script) and in config.py (training): at its
+default it is accepted, else it is an error that names it. So is an option without effect beside the others.
+"""
+
+# ruff: noqa: RUF009 (_option is dataclasses.field)
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..data.layouts import RANKING_PAIRS
+from ..data.sources import Source
+from ..training.config import DPOConfig
+
+
+def _option(default, text: str, **extra):
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+@dataclasses.dataclass
+class ScriptArguments:
+    """Where the pairs come from."""
+
+    config: str | None = _option(None, "YAML file of options; flags override it.")
+    dataset_name: list[str] | None = _option(None, "Files, directories or hub names of the training pairs.")
+    dataset_config: str | None = _option(None, "Configuration of a hub data set.")
+    dataset_train_split: str = _option("train", "Split of directories and hub data sets to train on.")
+    dataset_test_split: str = _option("test", "Split of directories and hub data sets to evaluate on.")
+    dataset_streaming: bool = _option(False, "Not supported.")
+    dataset_weights: list[float] | None = _option(None, "One a data set: 2 repeats its pairs, 0.5 takes half of them.")
+    datasets: list[str] | None = _option(None, "In YAML: a list of {path, name, split}, instead of dataset_name.")
+    streaming: bool = _option(False, "Not supported.")
+    test_split_size: float | None = _option(None, "Pairs to hold out: a share below 1, or a number.")
+    eval_dataset_name: list[str] | None = _option(None, "Files, directories or hub names to evaluate on.")
+    ranking_pairs: str = _option("all", "Pairs of ranked completions.", choices=list(RANKING_PAIRS))
+    inspect_data: bool = _option(False, "Print what the trainer would see of the data, and stop.")
+    ignore_bias_buffers: bool = _option(False, "Leave boolean buffers out of DistributedDataParallel's broadcast.")
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """Which model is trained, and its adapters."""
+
+    model_name_or_path: str | None = _option(None, "Folder or hub name of the model.")
+    model_revision: str = _option("main", "Branch, tag or commit of a hub model.")
+    dtype: str | None = _option("float32", "Type of the weights.", choices=["auto", "bfloat16", "float16", "float32"])
+    attn_implementation: str | None = _option(None, "Attention of models that dpo_fast cannot share prompts for.")
+    chat_template_path: str | None = _option(None, "Jinja file that replaces the tokenizer's chat template.")
+    use_peft: bool = _option(False, "Train LoRA adapters instead of the weights.")
+    lora_r: int = _option(16, "Rank of the adapters.")
+    lora_alpha: int = _option(32, "Scale of the adapters, over their rank.")
+    lora_dropout: float = _option(0.05, "Dropout in front of the adapters; 0 with disable_dropout.")
+    lora_target_modules: list[str] | None = _option(None, "Modules that get adapters, or all-linear.")
+    lora_target_parameters: list[str] | None = _option(None, "Parameters that get adapters (experts).")
+    lora_modules_to_save: list[str] | None = _option(None, "Modules that are trained whole.")
+    lora_task_type: str = _option("CAUSAL_LM", "Only CAUSAL_LM.")
+    use_rslora: bool = _option(False, "Divide lora_alpha by the root of the rank.")
+    use_dora: bool = _option(False, "Weight-decomposed adapters.")
+    load_in_8bit: bool = _option(False, "Not supported.")
+    load_in_4bit: bool = _option(False, "Not supported.")
+    bnb_4bit_quant_type: str = _option("nf4", "Not supported.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = _option(False, "Not supported.")
+    bnb_4bit_quant_storage: str | None = _option(None, "Not supported.")
+
+    def __post_init__(self):
+        # PEFT reads a list as endings of names, a string as a pattern of whole names.
+        modules = self.lora_target_modules or []
+        if len(modules) == 1 and (modules[0] == "all-linear" or re.search(r"[*+?|()\[\]^$\\]", modules[0])):
+            self.lora_target_modules = modules[0]
+
+    def peft_config(self):
+        """PEFT's LoraConfig, None without use_peft."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type=self.lora_task_type,
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+
+_QUANTISED = "quantised weights are not supported: use_peft with dtype=bfloat16 needs the least memory here"
+_HUB = "nothing is uploaded: run `hf upload NAME OUTPUT_DIR` after training"
+# name -> why no value but the default is accepted
+REFUSED = {
+    "dataset_streaming": "the data's length must be known: download it first",
+    "streaming": "the data's length must be known: download it first",
+    "lora_task_type": "only causal language models are trained",
+    "load_in_8bit": _QUANTISED,
+    "load_in_4bit": _QUANTISED,
+    "bnb_4bit_quant_type": _QUANTISED,
+    "use_bnb_nested_quant": _QUANTISED,
+    "bnb_4bit_quant_storage": _QUANTISED,
+    "push_to_hub": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+}
+# Keys of an entry of `datasets` in TRL, and what to do instead of those that are not read.
+ENTRY = {
+    "path": None,
+    "name": None,
+    "split": None,
+    "data_dir": "name the directory as path",
+    "data_files": "name the file as path, an entry each",
+    "columns": "columns that no layout has are left out anyway",
+    "fraction": "set dataset_weights, a number for each data set",
+}
+# Names of older versions.
+_RENAMED = {
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps (below 1 it is a share)",
+    "max_prompt_length": "max_length",
+}
+_LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
+
+
+def changed(values, names) -> list[str]:
+    """Those of the named fields of a dataclass that differ from their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(values)}
+    return [name for name in names if name in defaults and getattr(values, name) != defaults[name]]
+
+
+def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> None:
+    """What can be said before any file is looked at. Raises ValueError, naming the option, for what cannot be honoured
+    and for what has no effect beside the others."""
+    for values in (script, args, model):
+        for name in changed(values, REFUSED):
+            raise ValueError(f"dpo_fast cannot honour {name}={getattr(values, name)!r}: {REFUSED[name]}. Remove it.")
+
+    def idle(values, names, why: str) -> None:
+        for name in changed(values, names):
+            raise ValueError(f"{name} has no effect {why}: leave it out")
+
+    if not model.model_name_or_path:
+        raise ValueError("no model: give --model_name_or_path, a folder or a hub name")
+    if not (script.dataset_name or script.datasets):
+        raise ValueError("no data: give --dataset_name, files, directories or hub names")
+    if not model.use_peft:
+        idle(model, [n for n in vars(model) if n.startswith(("lora_", "use_"))], "without use_peft")
+    elif args.disable_dropout and model.lora_dropout:
+        idle(model, ["lora_dropout"], "with disable_dropout=True, the default")
+    if script.datasets:
+        ours = ("dataset_name", "dataset_config", "dataset_train_split")
+        idle(script, ours, "beside datasets, whose entries have path, name and split")
+    if not args.do_eval:
+        why = "without evaluation (--eval_strategy steps or epoch)"
+        idle(script, ("eval_dataset_name", "test_split_size", "dataset_test_split"), why)
+        idle(args, ("eval_steps", "eval_on_start"), why)
+    if script.test_split_size is not None:
+        idle(script, ("eval_dataset_name", "dataset_test_split"), "beside test_split_size")
+        size = script.test_split_size
+        if not (0 < size < 1 or (size >= 1 and size == int(size))):
+            raise ValueError(f"test_split_size={size:g} is neither a share below 1 nor a number of pairs")
+    if args.n_gpu > 1:
+        raise ValueError("several GPUs need one process each: start with `accelerate launch -m dpo_fast.train ...`")
+    for tracker in get_reporting_integration_callbacks(args.report_to):
+        try:
+            tracker()
+        except RuntimeError as error:
+            raise ImportError(f"report_to: {error}") from error
+
+
+def unknown(name: str, known) -> str:
+    """The message for a name that is no option, with the nearest one that is."""
+    bare = name.lstrip("-").split("=")[0].replace("-", "_")
+    if bare in _LAUNCHER:
+        return f"{name} is not an option of training: start with `accelerate launch --{bare} N -m dpo_fast.train ...`"
+    near = [_RENAMED[bare]] if bare in _RENAMED else difflib.get_close_matches(bare, known, 1)
+    return f"unknown option {name}" + (f": did you mean {near[0]}?" if near else ": see --help")
+
+
+def train_sources(script: ScriptArguments) -> list[Source]:
+    """The sources of the training pairs, each with its weight.
+
+    Raises ValueError for entries of `datasets` that cannot be mapped, and for options that files make no use of.
+    """
+    if script.datasets:
+        sources = [_entry(entry) for entry in script.datasets]
+    else:
+        sources = [Source(path, name=script.dataset_config) for path in script.dataset_name]
+        if script.dataset_train_split != "train" and all(_is_file(s) for s in sources):
+            raise ValueError("dataset_train_split has no effect on files: leave it out")
+    weights = script.dataset_weights or [1.0] * len(sources)
+    if len(weights) != len(sources):
+        raise ValueError(f"dataset_weights has {len(weights)} numbers for {len(sources)} data sets: give one for each")
+    return [dataclasses.replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
+
+
+def _entry(entry: str | dict) -> Source:
+    entry = {"path": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not entry.get("path"):
+        raise ValueError(f"an entry of datasets must name its path, found {entry!r}")
+    for key, value in entry.items():
+        if key not in ENTRY:
+            raise ValueError("in datasets: " + unknown(key, ENTRY))
+        if ENTRY[key] and value is not None:
+            raise ValueError(f"dpo_fast cannot honour {key}={value!r} in datasets: {ENTRY[key]}. Remove it.")
+    source = Source(entry["path"], name=entry.get("name"), split=entry.get("split"))
+    # TRL's default, which a file has no use for.
+    return dataclasses.replace(source, split=None) if source.split == "train" and _is_file(source) else source
+
+
+def eval_sources(script: ScriptArguments) -> list[Source]:
+    """The sources of the evaluation pairs; [] where they are split off the training pairs.
+
+    Raises ValueError where the training data has no split to evaluate on.
+    """
+    if script.test_split_size is not None:
+        return []
+    if script.eval_dataset_name:
+        sources = [Source(path) for path in script.eval_dataset_name]
+        if script.dataset_test_split != "test" and all(_is_file(s) for s in sources):
+            raise ValueError("dataset_test_split has no effect on files: leave it out")
+        return sources
+    sources = [] if script.datasets else [Source(path, name=script.dataset_config) for path in script.dataset_name]
+    files = [s.path for s in sources if _is_file(s)]
+    if script.datasets or files:
+        raise ValueError(
+            f"evaluation needs pairs and {files[0] if files else 'a mixture of datasets'} has no split "
+            f"{script.dataset_test_split!r}: give --eval_dataset_name, or --test_split_size to hold some out"
+        )
+    return sources
+
+
+def _is_file(source: Source) -> bool:
+    return Path(source.path).expanduser().is_file()

@@ -1,0 +1,120 @@
+"""Flags and a YAML file to options: every option of options.py and DPOConfig is both a flag and a key.
+
+A flag of a yes-or-no option needs no value and has an opposite, `--no_...`. Names are never shortened.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+
+import torch
+from transformers import HfArgumentParser
+
+from ..training.config import DPOConfig
+from .options import ModelArguments, ScriptArguments, check, unknown
+
+_CLASSES = (ScriptArguments, DPOConfig, ModelArguments)
+
+
+def parse(argv: list[str], config: dict) -> tuple[ScriptArguments, DPOConfig, ModelArguments]:
+    """Options from the flags `argv` over those of a YAML file, checked as far as that needs no file.
+
+    Raises ValueError for an unknown name, a value of the wrong type, and an option that cannot be honoured.
+    """
+    kinds = {name: _kinds(hint) for cls in _CLASSES for name, hint in typing.get_type_hints(cls).items()}
+    parser = _parser(kinds)
+    options = _options(parser)
+    for key, value in config.items():
+        if key.startswith("no_") and key[3:] in options and isinstance(value, bool):
+            key, value = key[3:], not value
+        if key not in options or key == "config":
+            raise ValueError(unknown(key, options))
+        parser.set_defaults(**{key: _from_yaml(options[key], kinds[key], value)})
+    namespace, rest = parser.parse_known_args(argv)
+    if rest:
+        raise ValueError(unknown(next((r for r in rest if r.startswith("-")), rest[0]), options))
+    # Columns that no layout has are left out either way.
+    namespace.remove_unused_columns = False
+    values = vars(namespace)
+    script, args, model = (
+        cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in _CLASSES
+    )
+    check(script, args, model)
+    return script, args, model
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def _kinds(hint) -> set:
+    """The types that a hint allows, without what they hold: {list, NoneType} of `list[str] | None`."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return {typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))}
+
+
+def _parser(kinds: dict[str, set]) -> _Parser:
+    parser = _Parser(
+        _CLASSES,
+        prog="python -m dpo_fast.train",
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
+        description="Train a language model on preference pairs. Without any option, an embedded demo runs.",
+        allow_abbrev=False,
+    )
+    for name, action in _options(parser).items():
+        if bool in kinds[name]:
+            action.nargs, action.const = "?", True
+            if f"--no_{name}" not in parser._option_string_actions:
+                opposite = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
+                parser.add_argument(*opposite, dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
+        elif type(None) in kinds[name] and str not in kinds[name] and action.nargs is None:
+            action.type = _or_none(action.type)
+    # Progress bars are for people; only the main process prints; a machine without an accelerator has one choice.
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty(), log_level_replica="error")
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
+    return parser
+
+
+def _options(parser: _Parser) -> dict[str, argparse.Action]:
+    """Name to option, without the opposites."""
+    return {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+
+
+def _or_none(kind):
+    def convert(text: str):
+        return None if text.lower() in ("none", "null") else kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _from_yaml(action: argparse.Action, kinds: set, value):
+    """A YAML value as the option's type."""
+    if value is None:
+        if type(None) not in kinds:
+            raise ValueError(f"option {action.dest} is empty in the YAML file: give it a value or leave it out")
+        return None
+    if action.dest == "datasets" or (isinstance(value, dict) and dict in kinds):
+        return value
+    if isinstance(value, list) and list in kinds:
+        return [_typed(action, element) for element in value]
+    if isinstance(value, dict | list):
+        raise ValueError(f"option {action.dest} takes one value, the YAML file has {value!r}")
+    if action.nargs == "+":
+        return [] if value == "" else [_typed(action, value)]
+    return _typed(action, value)
+
+
+def _typed(action: argparse.Action, value):
+    # YAML reads a bare no as false.
+    text = "no" if value is False and "no" in (action.choices or ()) else str(value)
+    try:
+        typed = action.type(text)
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        raise ValueError(f"option {action.dest}: {value!r} is not a valid {action.type.__name__}") from None
+    if action.choices is not None and typed not in action.choices:
+        raise ValueError(f"option {action.dest}: {value!r} is not one of {', '.join(map(str, action.choices))}")
+    return typed

@@ -1,0 +1,102 @@
+"""Rows of any layout to the examples that the trainer works on, with everything dropped counted and named."""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from torch.utils.data import Dataset
+
+from ..forest.packing import check_fits
+
+logger = logging.getLogger(__name__)
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class PairDataset(Dataset):
+    """Tokenised pairs: mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`, `index` and maybe reference log-probs."""
+
+    def __init__(self, examples: list[dict]):
+        self.examples = [{**example, "index": i} for i, example in enumerate(examples)]
+        self.computed = False  # whether the reference log-probs are ours, of one model, and not the user's
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.examples[i]
+
+    def mean_chosen_length(self) -> float:
+        """Scored chosen tokens a pair (the first token of a sequence without a prompt is not scored)."""
+        scored = [len(e["chosen_ids"]) - (not e["prompt_ids"]) for e in self.examples]
+        return sum(scored) / len(scored)
+
+    def set_reference(self, values) -> None:
+        """Attach reference log-probs [len(self), 2] (chosen, rejected)."""
+        self.computed = True
+        for example, (chosen, rejected) in zip(self.examples, values.tolist(), strict=True):
+            example["ref_chosen_logps"], example["ref_rejected_logps"] = chosen, rejected
+
+
+def prepare(rows, tokenizer, args, vocab_size: int | None, name: str, share: str | None = None) -> PairDataset:
+    """`rows` (datasets.Dataset, list of mappings, `Pairs`, `TokenizedPairs` or `PairDataset`) as a new PairDataset.
+
+    `share` is what the model can share (default: what was asked for). Raises ValueError for rows that cannot be used,
+    for none left, for a token outside the vocabulary, and for a pair larger than max_tokens_per_batch.
+    """
+    examples = getattr(rows, "examples", None)
+    if isinstance(rows, PairDataset) and rows.computed:
+        # Of another model, maybe: what it is now comes out of the cache.
+        examples = [{key: e[key] for key in _IDS} for e in examples]
+    if examples is None:
+        examples = _tokenize(rows, tokenizer, args, vocab_size, name)
+    if not examples:
+        raise ValueError(f"no usable pair is left in the {name} data: see what was dropped above")
+    if vocab_size is not None:
+        for i, example in enumerate(examples):
+            worst = max(max(example[key], default=0) for key in _IDS)
+            if worst >= vocab_size or min(min(example[key], default=0) for key in _IDS) < 0:
+                raise ValueError(f"{name} row {i} has a token id outside the model's vocabulary [0, {vocab_size})")
+    check_fits(examples, share or args.share, args.max_tokens_per_batch)
+    return PairDataset(examples)
+
+
+def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
+    from .sources import Pairs, normalise_rows
+    from .tokenization import tokenize_pairs
+
+    if not isinstance(rows, Pairs):
+        if not isinstance(rows, Iterable) or not hasattr(rows, "__len__"):
+            raise ValueError(f"the {name} data is streamed: dpo_fast needs its length, load it without streaming")
+        rows = list(rows)
+        if rows and isinstance(rows[0], Mapping) and all(key in rows[0] for key in _IDS):
+            return _truncate(rows, args.max_length, name)
+        rows = normalise_rows(rows, where=name, skip_bad_rows=args.skip_bad_rows)
+    if tokenizer is None:
+        raise ValueError(f"the {name} data is text: pass processing_class (the tokenizer)")
+    tokenized = tokenize_pairs(
+        rows.rows,
+        tokenizer,
+        max_length=args.max_length,
+        vocab_size=vocab_size,
+        skip_bad_rows=args.skip_bad_rows,
+        log=logger.info,
+    )
+    for warning in tokenized.warnings:
+        logger.warning("%s data: %s", name, warning)
+    if tokenized.dropped:
+        logger.warning("%s data: %d pairs dropped, first: %s", name, len(tokenized.dropped), tokenized.dropped[0])
+    return tokenized.examples
+
+
+def _truncate(rows: list[Mapping], max_length: int | None, name: str) -> list[dict]:
+    examples = []
+    for i, row in enumerate(rows):
+        ids = {key: list(row[key]) for key in _IDS}
+        for key in _IDS[1:]:
+            if not ids[key]:
+                raise ValueError(f"{name} row {i}: {key} is empty: drop the pair")
+        room = None if max_length is None else max_length - len(ids["prompt_ids"])
+        if room is not None and room < 1:
+            logger.warning("%s row %d dropped: its prompt fills max_length=%d", name, i, max_length)
+            continue
+        examples.append({"prompt_ids": ids["prompt_ids"], **{key: ids[key][:room] for key in _IDS[1:]}})
+    return examples

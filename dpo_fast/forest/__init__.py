@@ -1,0 +1,1 @@
+"""The prefix forest: every distinct token of a batch once, and a model's trunk over it."""

@@ -1,0 +1,73 @@
+"""Batches of pairs on their way to the model: prefix forests, split into parts that fit `max_tokens_per_batch`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .packing import PrefixForest, pair_tokens
+
+
+@dataclasses.dataclass
+class Part:
+    """One forward pass: B pairs of a batch (rows 0..B-1 chosen, B..2B-1 rejected)."""
+
+    forest: PrefixForest
+    index: torch.Tensor  # [B] int64, the pairs' places in their data set
+    ref_logps: torch.Tensor | None  # [2, B] float32, the reference's chosen and rejected log-probs
+    pairs: int  # B
+    chosen_tokens: int  # scored tokens of the chosen completions, on the CPU so that nothing waits for the device
+
+    def to(self, device, non_blocking: bool = False) -> "Part":
+        """The same part on `device`; `index` stays on the CPU."""
+        ref = None if self.ref_logps is None else self.ref_logps.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(self, forest=self.forest.to(device, non_blocking), ref_logps=ref)
+
+    def pin_memory(self) -> "Part":
+        """The same part in page-locked memory (called by torch's DataLoader)."""
+        ref = None if self.ref_logps is None else self.ref_logps.pin_memory()
+        return dataclasses.replace(self, forest=self.forest.pin_memory(), ref_logps=ref)
+
+
+class ForestCollator:
+    """Examples -> {"parts": [Part, ...]}, every pair in one part, order kept.
+
+    An example has `prompt_ids`, `chosen_ids`, `rejected_ids`, maybe `index`, and maybe `ref_chosen_logps` and
+    `ref_rejected_logps` (floats). `margin`: the loss is `losses.margin_only`, so what cancels needs no backward pass.
+    """
+
+    def __init__(
+        self, share: str = "prefix", keep_last: bool = False, max_tokens: int | None = None, margin: bool = False
+    ):
+        self.share, self.keep_last, self.max_tokens, self.margin = share, keep_last, max_tokens, margin
+
+    def __call__(self, examples: Sequence[Mapping]) -> dict[str, list[Part]]:
+        return {"parts": [self.part(group) for group in self.split(examples)]}
+
+    def part(self, examples: Sequence[Mapping]) -> Part:
+        """All `examples` in one forest."""
+        ref = None
+        if "ref_chosen_logps" in examples[0]:
+            ref = torch.tensor([[e[f"ref_{side}_logps"] for e in examples] for side in ("chosen", "rejected")])
+            if not ref.isfinite().all():
+                raise ValueError("ref_chosen_logps and ref_rejected_logps must be finite numbers")
+        forest = PrefixForest.from_pairs(examples, share=self.share, keep_last=self.keep_last)
+        if self.margin:
+            forest = forest.cancelling_last()
+        index = torch.tensor([e.get("index", -1) for e in examples])
+        pairs = len(examples)
+        return Part(forest, index, ref, pairs, int(forest.lengths[:pairs].sum()))
+
+    def split(self, examples: Sequence[Mapping]) -> list[Sequence[Mapping]]:
+        """Consecutive groups whose tokens fit `max_tokens`."""
+        if self.max_tokens is None:
+            return [examples]
+        groups, room = [], 0
+        for example in examples:
+            size = pair_tokens(example, self.share)
+            if not groups or size > room:
+                groups.append([])
+                room = self.max_tokens
+            groups[-1].append(example)
+            room -= size
+        return groups

@@ -1,0 +1,136 @@
+"""What a model is: which of three ways its trunk can go over a forest, and what follows its head.
+
+Everything here reads the config and the module tree and runs nothing; `prepare_model` (model.py) checks by running.
+
+    shared    one row for the whole forest (attention.py), for models whose attention can be given a forest
+    padded    one sequence per batch row, the model's own attention, for models that mix tokens in another way
+    segments  a module that is not from transformers (`HiddenStateModel`): one call per segment, its state carried on
+"""
+
+import dataclasses
+import sys
+from typing import Any, Protocol
+
+import torch
+
+
+class HiddenStateModel(Protocol):
+    """What dpo_fast needs of a module that is not from transformers.
+
+    `hidden_states` maps token ids [1, t] to hidden states [1, t, D] and a state. With `carries_state = True` it accepts
+    that state as the beginning of a continuation, and prompts are shared by carrying it on; else every sequence is
+    computed whole. `get_output_embeddings()` returns the head: a module with `weight` [V, D] and maybe `bias` [V].
+    """
+
+    carries_state: bool
+
+    def hidden_states(self, input_ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]: ...
+
+    def get_output_embeddings(self) -> torch.nn.Module: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the product of hidden states and head: `softcap * tanh(linear(h) * logit_scale / softcap)`."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `prepare_model` decided. `obstacle` says why a model is padded; `logits` what follows its head."""
+
+    path: str  # "shared", "padded" or "segments"
+    obstacle: str | None
+    logits: LogitTransform
+    share: bool  # whether prompts can be shared
+
+
+def base_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The causal LM inside PEFT's, DDP's and accelerate's wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "module") and isinstance(model.module, torch.nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def plan_model(model: torch.nn.Module) -> Plan:
+    """Choose the path for a bare model. Raises ValueError for a model that no path computes correctly."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "base_model_prefix"):
+        for name in ("hidden_states", "get_output_embeddings"):
+            if not callable(getattr(model, name, None)):
+                raise ValueError(
+                    f"{type(model).__name__} is not a transformers model and has no {name}(): "
+                    "implement dpo_fast.forest.gate.HiddenStateModel (two methods) to train it"
+                )
+        return Plan("segments", None, LogitTransform(), bool(getattr(model, "carries_state", False)))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} is an encoder-decoder model: dpo_fast trains causal language models")
+    if output_layer(model) is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: load it with AutoModelForCausalLM")
+    obstacle = sharing_obstacle(model)
+    return Plan("padded" if obstacle else "shared", obstacle, read_logit_transform(config), obstacle is None)
+
+
+def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The head of the bare model. Raises ValueError for one that is more than a weight and a bias."""
+    head = model.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"the output layer carries an adapter ({type(head).__name__}) that would be left out: take it from PEFT's "
+            "target_modules"
+        )
+    return head
+
+
+def sharing_obstacle(model: torch.nn.Module) -> str | None:
+    """Why the trunk cannot run over a forest row, or None. Reads the config, runs nothing."""
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{config.model_type} does not use transformers' attention interface"
+    kinds = set(getattr(config, "layer_types", None) or [])
+    foreign = kinds - {"full_attention", "sliding_attention"}
+    if foreign:
+        return f"{config.model_type} has layers of type {', '.join(sorted(foreign))}"
+    if getattr(config, "attention_chunk_size", None):
+        return f"{config.model_type} attends in chunks of {config.attention_chunk_size} tokens"
+    for name in ("ssm_cfg", "mamba_d_state", "ssm_state_size", "state_size", "linear_conv_kernel_dim", "conv_L_cache"):
+        if getattr(config, name, None) is not None:
+            return f"{config.model_type} has a recurrent state ({name})"
+    if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
+        return f"{config.model_type} attends to later tokens"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return f"{config.model_type} scales its rotary positions with the row's length ({', '.join(map(str, kinds))})"
+    return None
+
+
+def read_logit_transform(config) -> LogitTransform:
+    """Scale and soft-cap of the logits, from the config's names for them."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(text, name, None) or 1.0
+    if getattr(text, "logits_scaling", None):
+        scale /= text.logits_scaling
+    elif getattr(text, "dim_model_base", None):
+        scale /= text.hidden_size / text.dim_model_base
+    softcaps = (getattr(text, n, None) for n in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    return LogitTransform(scale, next(filter(None, softcaps), None))
+
+
+def has_aux_loss(model: torch.nn.Module) -> bool:
+    """Whether the model has a router whose load-balancing loss can be computed."""
+    model = base_model(model)
+    config = getattr(model, "config", None)
+    return (
+        config is not None
+        and hasattr(config.get_text_config(), "output_router_logits")
+        and hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    )

@@ -1,0 +1,322 @@
+"""The prefix forest: every distinct token of a batch once, in one row without padding.
+
+Sequences (prompt + completion) that begin with the same token ids form a tree. The trees follow each other in one row;
+inside a tree the tokens stand in depth-first order and positions continue from the shared part. One int32 a token is the
+whole attention mask: `allowed(q, k)  <=>  k <= q < subtree_end[k]`.
+
+Everything here is index arithmetic on the CPU, done in the collator. No model, no loss, no device.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from .paths import sum_logps
+
+SHARE_MODES = ("none", "prompt", "prefix")
+
+# A shorter prefix common to different prompts (a lone BOS) costs a gather a layer and saves nothing.
+MIN_SHARED_ACROSS_PROMPTS = 16
+
+# Fewer rows cost a pass over the head's weight more than they save: even at 32 to 64 on 2 CPU cores, V 49152, D 576.
+MIN_LEFT_OUT = 64
+
+
+@dataclasses.dataclass
+class PrefixForest:
+    """Index tensors for one forest of S sequences in T rows with N live items (K segments, C longest completion).
+
+    A *segment* is a run of rows without a branch; its keys are its ancestors' rows and its own. A *live item* is a
+    distinct completion token: it is predicted by the hidden state of row `live_rows[n]` and its id is `targets[n]`.
+    The last token of a leaf predicts nothing, so it has no row unless `keep_last` is set (mixture-of-experts models
+    count it in their auxiliary loss). A first token without a predecessor (empty prompt) is not scored.
+    """
+
+    input_ids: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64
+    subtree_end: torch.Tensor  # [T] int32, row after the last row of the token's subtree
+    live_rows: torch.Tensor  # [N] int64, the row that predicts the item
+    targets: torch.Tensor  # [N] int64
+    path_index: torch.Tensor  # [S, C] int64, live items of each sequence in order; N where the completion has ended
+    lengths: torch.Tensor  # [S] int64, scored tokens of each sequence
+    cu_q: torch.Tensor  # [K + 1] int32, rows of segment k are cu_q[k]:cu_q[k + 1]
+    cu_k: torch.Tensor  # [K + 1] int32, keys of segment k are key_rows[cu_k[k]:cu_k[k + 1]]
+    key_rows: torch.Tensor  # [sum of keys] int64
+    sequence_rows: torch.Tensor  # [sum of lengths] int64, rows of every sequence in turn (empty unless keep_last)
+    spans: tuple[tuple[int, int], ...]  # row range of each segment
+    parents: tuple[int, ...]  # parent segment of each segment, -1 at a root
+    max_q: int
+    max_k: int
+    num_tokens: int  # tokens of all sequences, nothing shared, nothing padded
+    grad_items: int  # live items that take part in the backward pass: the first so many
+    cache: dict = dataclasses.field(default_factory=dict, repr=False)  # masks that attention keeps between layers
+
+    @property
+    def rows(self) -> int:
+        """T: tokens that the trunk computes."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixForest":
+        """The same forest with its tensors on `device`."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PrefixForest":
+        """The same forest in page-locked memory (called by torch's DataLoader)."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, f) -> "PrefixForest":
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "cache"}
+        return PrefixForest(**{k: f(v) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+
+    def gather_paths(self, token_values: torch.Tensor) -> torch.Tensor:
+        """Values of live items along each sequence, [N] -> [S, C], zero past the end.
+
+        Equivalent: `torch.stack([F.pad(token_values[path], (0, C - len(path))) for path in paths])`.
+        """
+        padded = torch.cat([token_values, token_values.new_zeros(1)])
+        return padded[self.path_index]
+
+    def sum_paths(self, token_logps: torch.Tensor, ld_alpha: float | None = None) -> torch.Tensor:
+        """Summed log-probs of the 2B sequences of B pairs, [N] -> [2, B]: chosen, rejected. `ld_alpha`: see `sum_logps`."""
+        partner = None if ld_alpha is None else self.lengths.view(2, -1).flip(0).flatten()
+        paths = self.gather_paths(token_logps)
+        return sum_logps(paths, self.lengths, partner_lengths=partner, ld_alpha=ld_alpha).view(2, -1)
+
+    def cancelling_last(self) -> "PrefixForest":
+        """The same forest of B pairs, its items that cancel in the gradient of a margin loss last and not in `grad_items`.
+
+        A pair's two coefficients are opposite numbers there (`losses.margin_only`), so an item cancels where every pair
+        that passes it does so with both sides: `all((n in path[i]) == (n in path[B + i]) for i in range(B))`. Fewer than
+        `MIN_LEFT_OUT` stay where they are, and so does everything where nothing else is left: a gradient of zeros is
+        still a gradient.
+        """
+        items = len(self.targets)
+        chosen, rejected = self.path_index.chunk(2)
+        # Both sides of a pair follow the same prompt: an item that they share has the same place in both.
+        differ = chosen != rejected
+        needed = torch.zeros(items + 1, dtype=torch.bool)
+        needed[chosen[differ]] = needed[rejected[differ]] = True
+        needed = needed[:items]
+        count = int(needed.sum())
+        if count == 0 or items - count < MIN_LEFT_OUT:
+            return self
+        order = torch.cat([needed.nonzero()[:, 0], (~needed).nonzero()[:, 0]])
+        place = torch.full((items + 1,), items)
+        place[order] = torch.arange(items)
+        moved = {name: getattr(self, name)[order] for name in ("live_rows", "targets")}
+        return dataclasses.replace(self, **moved, path_index=place[self.path_index], grad_items=count)
+
+    @classmethod
+    def build(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        share: str = "prefix",
+        keep_last: bool = False,
+    ) -> "PrefixForest":
+        """Forest of S sequences, one prompt and one completion each (repeat the prompt for several completions).
+
+        share: "prefix" shares every common prefix, of responses too; "prompt" shares equal prompts and nothing of the
+        completions; "none" packs the sequences one after the other.
+        Raises ValueError for an unknown `share`, no sequences, different counts, an empty completion, or no token to
+        score in any sequence.
+        """
+        if share not in SHARE_MODES:
+            raise ValueError(f"share={share!r} is not one of {', '.join(SHARE_MODES)}")
+        if len(prompts) != len(completions) or not prompts:
+            raise ValueError(
+                f"prompts and completions need one entry a sequence, got {len(prompts)} and {len(completions)}"
+            )
+        for s, completion in enumerate(completions):
+            if len(completion) == 0:
+                raise ValueError(f"completions[{s}] is empty: drop the pair or give it at least one token")
+        return _Builder(prompts, completions, share, keep_last).finish()
+
+    @classmethod
+    def from_pairs(
+        cls, examples: Sequence[Mapping], *, share: str = "prefix", keep_last: bool = False
+    ) -> "PrefixForest":
+        """Forest of B pairs as 2B sequences: the B chosen first, then the B rejected in the same order.
+
+        examples: mappings with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        """
+        prompts = [e["prompt_ids"] for e in examples]
+        completions = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
+        return cls.build(prompts + prompts, completions, share=share, keep_last=keep_last)
+
+
+class _Builder:
+    """Depth-first walk over the trie of the sequences; the lists grow by one entry a segment."""
+
+    def __init__(self, prompts, completions, share: str, keep_last: bool):
+        self.prompt_lengths = [len(p) for p in prompts]
+        self.sequences = [
+            np.concatenate([np.asarray(p, dtype=np.int64), np.asarray(c, dtype=np.int64)])
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        self.keep_last = keep_last
+        self.prompt_of = self._number_prompts()
+        # Live item and row of every position of every sequence, filled as segments are emitted.
+        self.items = [np.full(len(q), -1, dtype=np.int64) for q in self.sequences]
+        self.row_of = [np.full(len(q), -1, dtype=np.int64) for q in self.sequences]
+        self.ids, self.positions, self.live_rows, self.targets = [], [], [], []
+        self.spans: list[tuple[int, int]] = []
+        self.parents: list[int] = []
+        self.rows = self.live = 0
+        everyone = list(range(len(self.sequences)))
+        # An entry: members, depth they share with what is emitted, the segment above, how to continue.
+        self.stack = []
+        if share == "none":
+            self._push([([s], 0, -1, "alone") for s in everyone])
+        elif share == "prompt":
+            self._push([(g, 0, -1, "prompt") for g in _group(everyone, self.prompt_of.__getitem__)])
+        else:
+            self._push([(g, 0, -1, "prefix") for g in self._by_token(everyone, 0)])
+        while self.stack:
+            self._visit(*self.stack.pop())
+
+    def _number_prompts(self) -> list[int]:
+        numbers: dict[bytes, int] = {}
+        return [
+            numbers.setdefault(q[:n].tobytes(), len(numbers))
+            for q, n in zip(self.sequences, self.prompt_lengths, strict=True)
+        ]
+
+    def _push(self, entries) -> None:
+        self.stack.extend(reversed(entries))
+
+    def _by_token(self, members: list[int], depth: int) -> list[list[int]]:
+        return _group(members, lambda s: int(self.sequences[s][depth]))
+
+    def _next_in_prompt(self, s: int, depth: int) -> tuple[bool, int]:
+        inside = depth < self.prompt_lengths[s]
+        return inside, int(self.sequences[s][depth]) if inside else self.prompt_of[s]
+
+    def _visit(self, members: list[int], depth: int, parent: int, mode: str) -> None:
+        first = self.sequences[members[0]]
+        if mode == "prompt":
+            end = self.prompt_lengths[members[0]]
+        else:
+            end = min(common_prefix_length(first, self.sequences[s]) for s in members)
+        prompts = {self.prompt_of[s] for s in members}
+        if mode == "prefix" and len(prompts) > 1 and end - depth < MIN_SHARED_ACROSS_PROMPTS:
+            # Those that go on alike may share a longer run; a prompt's own sequences stay together.
+            groups = _group(members, lambda s: self._next_in_prompt(s, end))
+            self._push([(g, depth, parent, mode) for g in groups])
+            return
+        going_on = [s for s in members if len(self.sequences[s]) > end]
+        segment = self._emit(members, depth, end, parent, leaf=not going_on)
+        if mode == "prompt":
+            self._push([([s], end, segment, "alone") for s in going_on])
+        elif going_on:
+            self._push([(g, end, segment, "prefix") for g in self._by_token(going_on, end)])
+
+    def _emit(self, members: list[int], depth: int, end: int, parent: int, leaf: bool) -> int:
+        """Append positions depth:end of the members as one segment; returns the parent of what follows."""
+        tokens = self.sequences[members[0]][depth:end]
+        # The last token of a leaf predicts nothing.
+        count = len(tokens) - (1 if leaf and not self.keep_last else 0)
+        start = self.rows
+        rows = np.arange(start - 1, start - 1 + len(tokens))  # the row before each token, corrected for the first
+        if len(tokens) and parent >= 0:
+            rows[0] = self.spans[parent][1] - 1
+        lowest = max(depth, 1, min(self.prompt_lengths[s] for s in members))
+        live = np.arange(self.live, self.live + max(end - lowest, 0))
+        self.live_rows.append(rows[lowest - depth :] if len(live) else rows[:0])
+        self.targets.append(tokens[lowest - depth :] if len(live) else tokens[:0])
+        self.live += len(live)
+        for s in members:
+            if len(live):
+                self.items[s][lowest:end] = live
+            self.row_of[s][depth : depth + count] = np.arange(start, start + count)
+        if count <= 0:
+            return parent
+        self.ids.append(tokens[:count])
+        self.positions.append(np.arange(depth, depth + count))
+        self.rows += count
+        self.spans.append((start, start + count))
+        self.parents.append(parent)
+        return len(self.spans) - 1
+
+    def finish(self) -> PrefixForest:
+        if self.live == 0:
+            raise ValueError("no token to score: every sequence is a single token without a prompt")
+        starts = np.array([start for start, _ in self.spans] + [self.rows], dtype=np.int64)
+        subtree_end = np.zeros(self.rows, dtype=np.int32)
+        key_rows: list[np.ndarray] = []
+        for k, (start, end) in enumerate(self.spans):
+            above = self.parents[k]
+            own = np.arange(start, end)
+            key_rows.append(np.concatenate([key_rows[above], own]) if above >= 0 else own)
+            subtree_end[key_rows[k]] = end  # depth-first order: the last writer of a row is its last descendant
+        key_counts = [len(k) for k in key_rows]
+        paths = [items[max(n, 1) :] for items, n in zip(self.items, self.prompt_lengths, strict=True)]
+        path_index = np.full((len(paths), max(map(len, paths))), self.live, dtype=np.int64)
+        for s, path in enumerate(paths):
+            path_index[s, : len(path)] = path
+        lengths = [len(q) for q in self.sequences]
+        return PrefixForest(
+            input_ids=_join(self.ids),
+            position_ids=_join(self.positions),
+            subtree_end=torch.from_numpy(subtree_end),
+            live_rows=_join(self.live_rows),
+            targets=_join(self.targets),
+            path_index=torch.from_numpy(path_index),
+            lengths=torch.tensor([len(p) for p in paths]),
+            cu_q=torch.from_numpy(starts.astype(np.int32)),
+            cu_k=torch.from_numpy(np.cumsum([0, *key_counts]).astype(np.int32)),
+            key_rows=_join(key_rows),
+            sequence_rows=_join(self.row_of) if self.keep_last else torch.zeros(0, dtype=torch.int64),
+            spans=tuple(self.spans),
+            parents=tuple(self.parents),
+            max_q=int(np.diff(starts).max(initial=0)),
+            max_k=max(key_counts, default=0),
+            num_tokens=sum(lengths),
+            grad_items=self.live,
+        )
+
+
+def _join(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+
+
+def _group(members: list[int], key) -> list[list[int]]:
+    """Members with equal keys together, in order of first appearance."""
+    groups: dict = {}
+    for member in members:
+        groups.setdefault(key(member), []).append(member)
+    return list(groups.values())
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Leading ids that two sequences share."""
+    n = min(len(a), len(b))
+    different = np.asarray(a[:n]) != np.asarray(b[:n])
+    return int(different.argmax()) if different.any() else n
+
+
+def pair_tokens(example: Mapping, share: str) -> int:
+    """Tokens that one pair takes at most: its distinct tokens under `share`."""
+    prompt, chosen, rejected = (len(example[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    if share == "none":
+        return 2 * prompt + chosen + rejected
+    total = prompt + chosen + rejected
+    if share == "prefix":
+        total -= common_prefix_length(example["chosen_ids"], example["rejected_ids"])
+    return total
+
+
+def check_fits(examples: Sequence[Mapping], share: str, max_tokens: int | None) -> None:
+    """Raise ValueError when a single pair is larger than `max_tokens`."""
+    if max_tokens is None:
+        return
+    sizes = [pair_tokens(e, share) for e in examples]
+    large = [i for i, n in enumerate(sizes) if n > max_tokens]
+    if large:
+        raise ValueError(
+            f"{len(large)} pairs have more tokens than max_tokens_per_batch={max_tokens} (pair {large[0]} has "
+            f"{sizes[large[0]]}): raise it to {max(sizes)} or lower max_length"
+        )

@@ -1,0 +1,249 @@
+"""The ops on logits that exist already, as torch.library ops: schema, fake implementation, autograd.
+
+Nothing is checked here but values, and nothing is explained: the front is ops/__init__.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import eager, resolve
+from ..backends.eager import wide_dtype
+from ..backends.sequences import segment_ids, segment_sum
+from .arguments import check_bounds, check_targets
+from .pairs import unpack_loss
+from .rows import empty_rows, flat_rows, row_period, unflatten, uniform_bounds
+from .torch_library import library_op, split_names, stacked
+
+# ---- Log-probs ----
+
+
+@library_op("token_logps")
+def token_logps(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    outputs: str,
+    backend: str,
+    debug: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, log-sum-exp and [K, ...] statistics in the shape of targets."""
+    check_targets(targets, logits.shape[-1], ignore_index, debug)
+    rows, flat = flat_rows(logits, targets, ignore_index)
+    logps, lse, stats = resolve(backend, logits.device, logits.dtype).logps_fwd(
+        rows,
+        flat,
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        outputs=split_names(outputs),
+    )
+    return unflatten(logps, logits), unflatten(lse, logits), unflatten(stacked(stats, logps), logits)
+
+
+@token_logps.register_fake
+def _(logits, targets, ignore_index, scale, softcap, temperature, outputs, backend, debug):
+    wide = wide_dtype(logits.dtype)
+    shape = targets.shape
+    stats = logits.new_empty(len(split_names(outputs)), *shape, dtype=wide)
+    return logits.new_empty(shape, dtype=wide), logits.new_empty(shape, dtype=wide), stats
+
+
+@library_op("token_logps_backward")
+def token_logps_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    rows, flat = flat_rows(logits, targets, ignore_index)
+    out, shaped = empty_rows(logits)
+    resolve(backend, logits.device, logits.dtype).logps_bwd(
+        rows,
+        flat,
+        *(_flat_like(x.to(lse.dtype), logits) for x in (lse, grad)),
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        out=out,
+    )
+    return shaped
+
+
+@token_logps_backward.register_fake
+def _(logits, targets, lse, grad, ignore_index, scale, softcap, temperature, backend):
+    return empty_rows(logits)[1]
+
+
+def _flat_like(x: Tensor, logits: Tensor) -> Tensor:
+    """[S, T] -> [N] of `flat_rows`, zeros between sequences."""
+    if logits.ndim == 2:
+        return x.contiguous()
+    sequences, length, _ = logits.shape
+    period = row_period(logits) or length
+    padded = torch.nn.functional.pad(x, (0, period - length)).reshape(-1)
+    return padded[: max(0, (sequences - 1) * period + length)]
+
+
+def _save(ctx, inputs, output):
+    logits, targets, *options = inputs
+    _, lse, stats = output
+    ctx.options = (*options[:4], options[5])
+    ctx.save_for_backward(logits, targets, lse)
+    ctx.mark_non_differentiable(lse, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    none = (None,) * 8
+    if grad is None or not ctx.needs_input_grad[0]:
+        return None, *none
+    logits, targets, lse = ctx.saved_tensors
+    return token_logps_backward(logits, targets, lse, grad, *ctx.options), *none
+
+
+token_logps.register_autograd(_backward, setup_context=_save)
+
+
+@library_op("sequence_sums")
+def sequence_sums(values: Tensor, cu_seqlens: Tensor, debug: bool) -> Tensor:
+    """[N], [S + 1] -> [S], checked."""
+    check_bounds(cu_seqlens, len(values), debug)
+    return segment_sum(values, cu_seqlens.to(values.device, non_blocking=True))
+
+
+@sequence_sums.register_fake
+def _(values, cu_seqlens, debug):
+    return values.new_empty(len(cu_seqlens) - 1)
+
+
+def _save_bounds(ctx, inputs, output):
+    ctx.rows = len(inputs[0])
+    ctx.save_for_backward(inputs[1])
+
+
+def _spread(ctx, grad):
+    (cu_seqlens,) = ctx.saved_tensors
+    return grad[segment_ids(cu_seqlens.to(grad.device, non_blocking=True), ctx.rows)], None, None
+
+
+sequence_sums.register_autograd(_spread, setup_context=_save_bounds)
+
+
+# ---- Loss and gradient ----
+
+
+def _dpo(rows, targets, cu_rows, ref_logps, pair_weights, mean_chosen_length, loss, ignore_index, launch, out):
+    """Loss, losses [B] and summed log-probs [2B]; the gradient of the loss goes to `out`."""
+    options, pairs = unpack_loss(*loss), (len(cu_rows) - 1) // 2
+    common = {"ignore_index": ignore_index, "out": out}
+    if ref_logps is not None:
+        ref_logps = ref_logps.contiguous()
+    if options.one_launch and pair_weights is None:
+        losses, logps, _ = launch.dpo_fused(
+            rows,
+            targets,
+            cu_rows,
+            ref_logps,
+            1 / pairs,
+            loss_type=options.names[0],
+            beta=options.beta,
+            label_smoothing=options.label_smoothing,
+            discopop_tau=options.discopop_tau,
+            simpo_gamma=options.simpo_gamma,
+            **common,
+        )
+        return losses.mean(), losses, logps
+    return eager.dpo_two_launches(
+        (launch.logps_fwd, launch.logps_bwd),
+        rows,
+        targets,
+        cu_rows,
+        ref_logps,
+        1 / pairs,
+        options=options,
+        pair_weights=pair_weights,
+        mean_chosen_length=mean_chosen_length,
+        **common,
+    )
+
+
+def _bounds(logits: Tensor, cu_seqlens: Tensor | None, debug: bool) -> Tensor:
+    if cu_seqlens is None:
+        return uniform_bounds(logits)
+    check_bounds(cu_seqlens, logits.shape[0], debug)
+    return cu_seqlens.to(logits.device, non_blocking=True).contiguous()
+
+
+@library_op("dpo_loss")
+def dpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    pair_weights: Tensor | None,
+    mean_chosen_length: Tensor | None,
+    names: str,
+    divergence: str,
+    numbers: Sequence[float],
+    ignore_index: int,
+    backend: str,
+    debug: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, losses [B], summed log-probs [2B], and the gradient of the loss in the shape of logits."""
+    check_targets(targets, logits.shape[-1], ignore_index, debug)
+    cu_rows = _bounds(logits, cu_seqlens, debug)
+    rows, flat = flat_rows(logits, targets, ignore_index)
+    out, shaped = empty_rows(logits)
+    given = (cu_rows, ref_logps, pair_weights, mean_chosen_length, (names, divergence, numbers), ignore_index)
+    return *_dpo(rows, flat, *given, resolve(backend, logits.device, logits.dtype), out), shaped
+
+
+def _fake_losses(logits, cu_seqlens):
+    wide, count = wide_dtype(logits.dtype), len(logits) if cu_seqlens is None else len(cu_seqlens) - 1
+    return tuple(logits.new_empty(shape, dtype=wide) for shape in ((), (count // 2,), (count,)))
+
+
+@dpo_loss.register_fake
+def _(logits, targets, cu_seqlens, *_):
+    return *_fake_losses(logits, cu_seqlens), empty_rows(logits)[1]
+
+
+@library_op("dpo_loss_", mutates=("logits",))
+def dpo_loss_(
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    pair_weights: Tensor | None,
+    mean_chosen_length: Tensor | None,
+    names: str,
+    divergence: str,
+    numbers: Sequence[float],
+    ignore_index: int,
+    backend: str,
+    debug: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `dpo_loss`; the gradient overwrites logits."""
+    check_targets(targets, logits.shape[-1], ignore_index, debug)
+    cu_rows = _bounds(logits, cu_seqlens, debug)
+    rows, flat = flat_rows(logits, targets, ignore_index)
+    assert rows.data_ptr() == logits.data_ptr()
+    given = (cu_rows, ref_logps, pair_weights, mean_chosen_length, (names, divergence, numbers), ignore_index)
+    return _dpo(rows, flat, *given, resolve(backend, logits.device, logits.dtype), rows)
+
+
+@dpo_loss_.register_fake
+def _(logits, targets, cu_seqlens, *_):
+    return _fake_losses(logits, cu_seqlens)

@@ -1,0 +1,96 @@
+"""Pairs: the options of a loss as an op's schema can hold them, and a batch of pairs whose rows come in groups.
+
+Nothing here waits for the device.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backends.sequences import scored_lengths, segment_ids, segment_sum
+from ..losses import LossOptions, loss_and_coefficients
+
+_NUMBERS = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma")
+
+
+def pack_loss(options: LossOptions) -> tuple[str, str, list[float]]:
+    """The options as what the schema of an op can hold: strings and numbers."""
+    numbers = [float(getattr(options, name)) for name in _NUMBERS] + options.weights
+    return ",".join(options.names), options.f_divergence_type, numbers
+
+
+def unpack_loss(names: str, divergence: str, numbers: list[float]) -> LossOptions:
+    """What `pack_loss` packed."""
+    count = len(_NUMBERS)
+    values = dict(zip(_NUMBERS, numbers[:count], strict=True))
+    return LossOptions(names.split(","), loss_weights=list(numbers[count:]), f_divergence_type=divergence, **values)
+
+
+class PairBatch:
+    """The batch but for its hidden states: which rows belong to which pair, and what a pair's loss is made of."""
+
+    def __init__(
+        self,
+        options: LossOptions,
+        targets: Tensor,  # [N]
+        cu_rows: Tensor,  # [2B + 1]
+        bounds: list[int] | None,  # cu_rows as numbers; None where they are on a GPU
+        ignore_index: int,
+        ref_logps: Tensor | None,  # [2B]
+        pair_weights: Tensor | None,  # [B]
+        mean_chosen_length: Tensor | None,  # scalar
+    ):
+        self.options = options
+        self.count = (len(cu_rows) - 1) // 2
+        self.cu_rows, self.bounds = cu_rows, bounds
+        self.scored = targets != ignore_index
+        self.safe = targets.masked_fill(~self.scored, 0)
+        self.lengths = scored_lengths(targets, ignore_index, cu_rows)
+        self.ref_logps, self.pair_weights = ref_logps, pair_weights
+        if mean_chosen_length is None:
+            # Of the whole batch, since its groups see a part each.
+            mean_chosen_length = self.lengths[: self.count].sum().clamp(min=1) / self.count
+        self.mean_chosen_length = mean_chosen_length
+
+    def groups(self, limit: int) -> list[tuple[int, int, int]]:
+        """Runs of pairs [i, j) whose rows fit the workspace of `limit` rows, and how many rows of each are kept there.
+
+        A pair that does not fit is alone. Where the bounds are on a GPU the whole batch is one group: to read them would be a wait.
+        """
+        n, count = len(self.safe), self.count
+        if n <= limit or self.bounds is None:
+            return [(0, count, min(n, limit))]
+        b = self.bounds
+        rows = [b[i + 1] - b[i] + b[count + i + 1] - b[count + i] for i in range(count)]
+        found, start, total = [], 0, 0
+        for i, size in enumerate(rows):
+            if i > start and total + size > limit:
+                found.append((start, i, min(total, limit)))
+                start, total = i, 0
+            total += size
+        return [*found, (start, count, min(total, limit))]
+
+    def slices(self, i: int, j: int) -> list[slice]:
+        """The rows of pairs [i, j)."""
+        if (i, j) == (0, self.count):
+            return [slice(0, len(self.safe))]
+        b, count = self.bounds, self.count
+        return [slice(b[i], b[j]), slice(b[count + i], b[count + j])]
+
+    def losses(self, token_logps: Tensor, i: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of pairs [i, j): log-probs of their rows -> losses, summed log-probs, coefficients of the rows [n, 1]."""
+        count = self.count
+        chosen, rejected = self.cu_rows[i : j + 1], self.cu_rows[count + i : count + j + 1]
+        split = chosen[-1] - chosen[0]
+        local = torch.cat([chosen - chosen[0], (rejected - rejected[0] + split)[1:]])
+        scored = torch.cat([self.scored[part] for part in self.slices(i, j)])
+        logps = segment_sum(torch.where(scored, token_logps, 0), local)
+        both = [
+            None if x is None else torch.cat([x[i:j], x[count + i : count + j]]) for x in (self.ref_logps, self.lengths)
+        ]
+        weights = None if self.pair_weights is None else self.pair_weights[i:j]
+        references, lengths = both
+        _, losses, coef = loss_and_coefficients(
+            self.options, logps, lengths, references, weights, self.mean_chosen_length
+        )
+        coef = (coef * ((j - i) / count))[segment_ids(local, len(token_logps))]
+        return losses, logps, torch.where(scored, coef, 0)[:, None]

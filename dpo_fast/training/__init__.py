@@ -1,0 +1,1 @@
+"""The trainer, its options, the reference, the optimizer, checkpoints and metrics."""

@@ -1,0 +1,212 @@
+"""`DPOConfig`: transformers' `TrainingArguments` with TRL's names and defaults for DPO, and dpo_fast's own few options.
+
+Every option of TRL 1.16's DPOConfig is a field here, so that its YAML files and command lines are understood. What
+dpo_fast cannot honour is in `REFUSED`: at its default it is accepted, else it is an error that names it.
+"""
+
+import dataclasses
+import warnings
+from dataclasses import field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..backends import BACKENDS, resolve
+from ..forest.packing import SHARE_MODES
+from ..loss_table import LOSSES
+from ..losses import LossOptions
+
+# name -> (values that are fine, why no other is)
+REFUSED: dict[str, tuple[tuple, str]] = {
+    "truncation_mode": (("keep_start",), "only the end of a completion is cut; shorten the prompts in the data"),
+    "pad_to_multiple_of": (("auto", None), "nothing is padded"),
+    "dataset_num_proc": ((None,), "the fast tokenizer already runs on all cores (RAYON_NUM_THREADS sets how many)"),
+    "activation_offloading": ((False,), "use gradient_checkpointing or max_tokens_per_batch to save memory"),
+    "pad_token": ((None,), "nothing is padded"),
+    "use_liger_kernel": ((False,), "it replaces the model's forward, and so does dpo_fast"),
+    "liger_kernel_config": ((None,), "use_liger_kernel is not supported"),
+    "torch_compile": (
+        (False,),
+        "the rows of a forest change shape every step (torch_compile_backend and _mode imply it)",
+    ),
+    "neftune_noise_alpha": ((None,), "noise on shared prompts would not be independent"),
+    "label_smoothing_factor": ((0.0, 0), "that is cross-entropy's smoothing; DPO's is label_smoothing"),
+    "train_sampling_strategy": (("random", "sequential"), "nothing is padded, so grouping by length saves nothing"),
+    "auto_find_batch_size": ((False,), "set max_tokens_per_batch: it bounds memory and keeps the gradient"),
+    "use_cache": ((False,), "training needs no key-value cache"),
+    "average_tokens_across_devices": ((True,), "a step's loss is the mean over the pairs of all ranks"),
+    "bf16_full_eval": ((False,), "evaluation runs in the precision of the reference's log-probs"),
+    "fp16_full_eval": ((False,), "evaluation runs in the precision of the reference's log-probs"),
+    "torch_empty_cache_steps": ((None,), "against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
+    "include_num_input_tokens_seen": (("no",), "tokens are always counted: num_tokens in the log"),
+    "include_for_metrics": (([],), "there is no compute_metrics"),
+    "batch_eval_metrics": ((False,), "there is no compute_metrics"),
+    "eval_do_concat_batches": ((True,), "evaluation keeps one row of numbers a pair, no batches"),
+    "eval_use_gather_object": ((False,), "evaluation gathers one row of numbers a pair, no objects"),
+    "eval_accumulation_steps": ((None,), "evaluation keeps one row of numbers a pair, no logits"),
+    "do_predict": ((False,), "there is no prediction: name the data as eval data"),
+    "label_names": ((None,), "the columns are those of the data's layout"),
+    "length_column_name": (("length",), "nothing is padded, so nothing is grouped by length"),
+    "parallelism_config": ((None,), "only data parallelism, FSDP and DeepSpeed are supported"),
+}
+
+
+@dataclasses.dataclass
+class DPOConfig(TrainingArguments):
+    """Options of `DPOTrainer`. Those of TRL 1.16's `DPOConfig` mean the same; see `--help` for each.
+
+    Raises ValueError at construction for a value out of range, an option without effect in this combination, or a TRL
+    option that dpo_fast cannot honour.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (not a field)
+
+    output_dir: str | None = field(
+        default="runs/dpo", metadata={"help": "Where checkpoints and the model are written."}
+    )
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or share of all steps, < 1)."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave nan and inf losses out of the log (waits for the device every step)."}
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in backward: less memory, about a third more compute."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16 with float32 weights. Default: on unless fp16 is set."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; must be false."})
+
+    # The model.
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by name."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of a mixture of experts' load-balancing loss. Default: the config's."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off in model and reference."})
+
+    # The data.
+    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt + completion in tokens."})
+    truncation_mode: str = field(default="keep_start", metadata={"help": "Only keep_start."})
+    padding_free: bool = field(default=True, metadata={"help": "Always so here: nothing is padded."})
+    pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Nothing is padded."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Not used: tokenizers run in threads."})
+    pad_token: str | None = field(default=None, metadata={"help": "Not used: nothing is padded."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Count and list unusable rows instead of stopping."})
+
+    # The reference.
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference's log-probs once, before training, into a cache on disk. "
+            "Default: on for full fine-tuning, off with PEFT, sync_ref_model or a loss without a reference."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs a batch of that pass. Default: the training batch size."}
+    )
+    ref_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the reference cache. Default: ~/.cache/dpo_fast/ref_logps."}
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Move the reference towards the policy every ref_model_sync_steps (TR-DPO)."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy in that move: ref = alpha * policy + (1 - alpha) * ref."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two moves."})
+
+    # The objective.
+    loss_type: list[str] = field(
+        default_factory=lambda: [LossOptions.loss_type], metadata={"help": f"One or several of {', '.join(LOSSES)}."}
+    )
+    loss_weights: list[float] | None = field(
+        default=LossOptions.loss_weights, metadata={"help": "A weight for each loss_type."}
+    )
+    beta: float = field(default=LossOptions.beta, metadata={"help": "Strength of the tie to the reference."})
+    label_smoothing: float = field(
+        default=LossOptions.label_smoothing, metadata={"help": "Chance that a label is wrong (conservative DPO)."}
+    )
+    f_divergence_type: str = field(default=LossOptions.f_divergence_type, metadata={"help": "Divergence of f-DPO."})
+    f_alpha_divergence_coef: float = field(
+        default=LossOptions.f_alpha_divergence_coef, metadata={"help": "Alpha of the alpha-divergence."}
+    )
+    ld_alpha: float | None = field(
+        default=None, metadata={"help": "LD-DPO: weight of tokens past the shorter completion's length, in [0, 1]."}
+    )
+    use_weighting: bool = field(default=False, metadata={"help": "WPO: weigh pairs by how likely they are."})
+    discopop_tau: float = field(default=LossOptions.discopop_tau, metadata={"help": "Temperature of discopop."})
+    simpo_gamma: float = field(default=LossOptions.simpo_gamma, metadata={"help": "Target margin of simpo."})
+
+    # Speed.
+    share: str = field(
+        default="prefix",
+        metadata={"help": f"What is computed once: {', '.join(SHARE_MODES)}. prefix shares common responses too."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens in one forward pass; larger batches are split, with the same gradient."},
+    )
+    backend: str | None = field(
+        default=None, metadata={"help": f"Back end of the head: {', '.join(BACKENDS)}. Default: the fastest there."}
+    )
+    verify: bool = field(
+        default=True, metadata={"help": "Compare shared with unshared log-probs before the first step."}
+    )
+    activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        with warnings.catch_warnings():
+            # TRL's name; transformers 5.23 prefers activation_checkpointing, which older versions lack.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            super().__post_init__()
+        self._refuse()
+        LossOptions.of(self).check(pair_weights=self.use_weighting, ld_alpha=self.ld_alpha)
+
+    def _refuse(self) -> None:
+        for name, (fine, why) in REFUSED.items():
+            value = getattr(self, name, fine[0])
+            if value not in fine and getattr(value, "value", value) not in fine:
+                raise ValueError(f"dpo_fast cannot honour {name}={value!r}: {why}. Remove it.")
+        if self.remove_unused_columns:
+            raise ValueError("dpo_fast cannot honour remove_unused_columns=True: the data has columns of its own")
+        if self.share not in SHARE_MODES:
+            raise ValueError(f"share={self.share!r} is not one of {', '.join(SHARE_MODES)}")
+        if self.backend is not None:
+            resolve(self.backend, self.device)
+        for name in ("max_length", "max_tokens_per_batch", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._refuse_reference_options()
+        if self.max_tokens_per_batch is not None and LossOptions.of(self).over_batch:
+            raise ValueError(
+                f"max_tokens_per_batch cannot split a batch under loss_type {self.loss_type}: it compares all pairs of "
+                "the batch; lower per_device_train_batch_size instead"
+            )
+
+    def _refuse_reference_options(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError("sync_ref_model moves the reference, so precompute_ref_log_probs would be stale: drop one")
+        if not self.sync_ref_model:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name} has no effect without sync_ref_model=True")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must lie in (0, 1], got {self.ref_model_mixup_alpha}")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
+        if self.precompute_ref_log_probs is False and (self.precompute_ref_batch_size or self.ref_cache_dir):
+            raise ValueError(
+                "precompute_ref_batch_size and ref_cache_dir have no effect with precompute_ref_log_probs=False"
+            )
+        if LossOptions.of(self).reference_free:
+            for name in ("precompute_ref_log_probs", "sync_ref_model", "precompute_ref_batch_size", "ref_cache_dir"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} has no effect: loss_type {self.loss_type} takes no reference")

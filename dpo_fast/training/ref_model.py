@@ -1,0 +1,134 @@
+"""The reference's log-probs: from the cache on disk, from a second model, or from the base model under its adapters."""
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from .. import __version__
+from ..forest.batch import ForestCollator
+from ..forest.gate import base_model
+from ..forest.model import evaluating
+from ..losses import LossOptions
+from .ref_cache import RefCache, compute_missing, weights_fingerprint
+
+NONE, CACHED, MODEL, ADAPTER = "none", "cached", "model", "adapter"
+
+
+def choose_reference(args, model, ref_model, sharded: bool, adapters: bool) -> str:
+    """How the run gets its reference log-probs. Raises ValueError for a combination that cannot work."""
+    adapters = adapters or hasattr(model, "disable_adapter")
+    if LossOptions.of(args).reference_free:
+        if ref_model is not None:
+            raise ValueError(f"loss_type {args.loss_type} takes no reference: do not pass ref_model")
+        return NONE
+    if ref_model is model:
+        raise ValueError("model and ref_model are the same object: leave ref_model out, a copy is made where needed")
+    if args.sync_ref_model and (adapters or sharded):
+        raise ValueError("sync_ref_model needs a whole second model: it works with neither PEFT nor FSDP or DeepSpeed")
+    wanted = args.precompute_ref_log_probs
+    if wanted is None:
+        wanted = not adapters and not args.sync_ref_model
+    if wanted:
+        return CACHED
+    if args.ref_cache_dir or args.precompute_ref_batch_size:
+        raise ValueError(
+            "ref_cache_dir and precompute_ref_batch_size have no effect: nothing is precomputed in this run"
+        )
+    if adapters and ref_model is None:
+        return ADAPTER
+    if sharded:
+        raise ValueError("precompute_ref_log_probs=False needs a second model, which is not sharded: leave it on")
+    return MODEL
+
+
+def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A second model with the same weights that is never trained."""
+    copied = copy.deepcopy(model)
+    return copied.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def as_reference(model, adapters: bool):
+    """No gradients, no dropout, and the adapters off where the model has them."""
+    inner = model if hasattr(model, "disable_adapter") else getattr(model, "module", model)
+    with evaluating(model), inner.disable_adapter() if adapters else contextlib.nullcontext():
+        yield
+
+
+def default_cache_dir() -> Path:
+    """`~/.cache/dpo_fast/ref_logps`, or under XDG_CACHE_HOME where that is set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_fast" / "ref_logps"
+
+
+def precompute(trainer, model, examples, name: str) -> np.ndarray:
+    """float64 [len(examples), 2] log-probs under `model`, computed where the cache lacks them, on all ranks together."""
+    args, accelerator = trainer.args, trainer.accelerator
+    adapters = hasattr(model, "disable_adapter")
+    cache = RefCache(
+        args.ref_cache_dir or default_cache_dir(),
+        weights=weights_fingerprint(model, skip=(lambda name: "lora_" in name) if adapters else None),
+        precision=f"{next(model.parameters()).dtype}/{accelerator.mixed_precision}",
+        version=__version__,
+        extra={"ld_alpha": args.ld_alpha},
+    )
+    collator = ForestCollator(trainer.share, max_tokens=args.max_tokens_per_batch)
+    device = accelerator.device
+
+    def compute(batch) -> torch.Tensor:
+        with as_reference(model, adapters), accelerator.autocast():
+            parts = []
+            for part in collator(batch)["parts"]:
+                forest = part.forest.to(device)
+                token_logps = model(forest=forest)["token_logps"]
+                parts.append(forest.sum_paths(token_logps, args.ld_alpha))
+        return torch.cat(parts, dim=1).T.cpu()
+
+    mine = examples[accelerator.process_index :: accelerator.num_processes]
+    missing = len(cache.lookup(mine)[1])
+    bar = tqdm(
+        total=missing,
+        desc=f"reference log-probs ({name})",
+        unit="pair",
+        disable=args.disable_tqdm or not missing or not accelerator.is_local_main_process,
+    )
+    batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+    where = next(model.parameters()).device
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the reference pass needs the whole model on one accelerator: fill the cache (ref_cache_dir) on a larger "
+            "one, or train adapters (use_peft)"
+        ) from error
+    with bar:
+        compute_missing(cache, mine, batch_size, compute, progress=lambda done, _: bar.update(done - bar.n))
+    model.to(where)
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        cache = RefCache(cache.path.parent, **cache.header)
+    values, missing = cache.lookup(examples)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} reference log-probs of other ranks are not in {cache.path}: put ref_cache_dir on a file "
+            "system that all ranks share"
+        )
+    return values
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """Every `steps` steps: `ref = alpha * policy + (1 - alpha) * ref` (TR-DPO, arXiv 2404.09656)."""
+
+    def __init__(self, ref_model: torch.nn.Module, alpha: float, steps: int):
+        self.ref_model, self.alpha, self.steps = ref_model, alpha, steps
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.steps == 0:
+            for mine, theirs in zip(self.ref_model.parameters(), base_model(model).parameters(), strict=True):
+                mine.lerp_(theirs.to(mine.dtype), self.alpha)

@@ -1,0 +1,193 @@
+"""What a run is made of: model, tokenizer, adapters, reference and tokenised data, chosen and checked before training."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..data.pairs import PairDataset, prepare
+from ..forest.gate import Plan, base_model, has_aux_loss
+from ..forest.model import prepare_model, restore_model
+from ..losses import LossOptions
+from .config import DPOConfig
+from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Setup:
+    """Everything that `DPOTrainer` needs to know of its run; see the fields."""
+
+    model: torch.nn.Module
+    ref_model: torch.nn.Module | None
+    plan: Plan
+    tokenizer: Any
+    adapters: bool
+    train_dataset: PairDataset | None
+    eval_dataset: PairDataset | dict[str, PairDataset] | None
+    vocab_size: int
+    share: str  # what is shared, "none" where the model cannot
+    reference: str  # see ref_model.py
+    foreign_reference: bool  # the reference was passed in: it may differ from the policy at the start
+    aux_coef: float
+    loss_options: LossOptions
+    flops: Callable[[float, float, float], float]
+
+
+def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows, eval_rows) -> Setup:
+    """Load, wrap and check. Raises ValueError for what cannot work together."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("ZeRO-3 partitions the weights before they can be checked: use ZeRO-2 or fsdp")
+    set_seed(args.seed)  # adapters start at random
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
+    model = load_model(model, args)
+    restore_model(model)
+    if tokenizer is None and name:
+        tokenizer = load_tokenizer(name, args)
+    reference = choose_reference(args, model, ref_model, is_sharded(args), adapters=peft_config is not None)
+    foreign = ref_model is not None
+    if reference in (ADAPTER, CACHED) and not foreign and has_trained_adapters(model):
+        raise ValueError(
+            "the model's adapters are already trained, so the base model under them is not its reference: merge them "
+            "(merge_and_unload) and pass peft_config, or pass ref_model"
+        )
+    if ref_model is None and reference == MODEL:
+        ref_model = frozen_copy(model)
+    model = add_adapters(model, peft_config)
+    for module in filter(None, (model, ref_model)):
+        if args.disable_dropout:
+            no_dropout(module)
+    ref_model = ref_model.requires_grad_(False).eval() if ref_model is not None else None
+    plan = prepare_model(model, backend=args.backend)
+    share = args.share
+    if not plan.share and share != "none":
+        share = "none"
+        logger.warning(
+            "prompts are not shared: %s", plan.obstacle or "the model carries no state (carries_state=False)"
+        )
+    if args.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
+        args.gradient_checkpointing = args.activation_checkpointing = False  # the older and the newer name
+    if args.gradient_checkpointing and hasattr(model, "disable_adapter"):
+        model.enable_input_require_grads()
+    head = base_model(model).get_output_embeddings()
+    vocab_size = head.weight.shape[0]
+    datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
+    prepared = {k: prepare(v, tokenizer, args, vocab_size, k, share) for k, v in datasets.items() if v is not None}
+    return Setup(
+        model=model,
+        ref_model=ref_model,
+        plan=plan,
+        tokenizer=tokenizer,
+        adapters=hasattr(model, "disable_adapter"),
+        train_dataset=None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share),
+        eval_dataset=prepared if isinstance(eval_rows, dict) else prepared.get("eval"),
+        vocab_size=vocab_size,
+        share=share,
+        reference=reference,
+        foreign_reference=foreign,
+        aux_coef=aux_coefficient(model, args),
+        loss_options=LossOptions.of(args),
+        flops=flop_counter(model, head),
+    )
+
+
+def load_model(model, args: DPOConfig) -> torch.nn.Module:
+    """The model itself, or the one of that name: float32 unless `model_init_kwargs` says otherwise, safetensors only."""
+    if not isinstance(model, str):
+        if args.model_init_kwargs:
+            raise ValueError("model_init_kwargs has no effect: the model is already loaded")
+        return model
+    options = {"dtype": "float32", "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+    options = {**options, **(args.model_init_kwargs or {}), "output_loading_info": True}
+    loaded, info = AutoModelForCausalLM.from_pretrained(model, **options)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{model} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, which would be random: is it a "
+            "causal language model?"
+        )
+    return loaded
+
+
+def load_tokenizer(name: str, args: DPOConfig):
+    """The tokenizer of a model's folder or hub name; None where there is none."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    with contextlib.suppress(OSError, ValueError):  # a folder without a tokenizer
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    return None
+
+
+def add_adapters(model, peft_config):
+    """The model in PEFT's wrapper. Raises ValueError for adapters on the head: its log-probs are read off its weight."""
+    if peft_config is not None:
+        try:
+            from peft import get_peft_model
+        except ModuleNotFoundError as error:
+            raise ImportError("peft_config needs peft: pip install 'dpo_fast[train]'") from error
+        if hasattr(model, "disable_adapter"):
+            raise ValueError("the model already has adapters: merge them first, or leave peft_config out")
+        model = get_peft_model(model, peft_config)
+    head = base_model(model).get_output_embeddings()
+    if head is not None and not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
+        raise ValueError(
+            "adapters on the head are not supported: leave lm_head out of the target modules and modules_to_save"
+        )
+    if any("lora_" in name or "modules_to_save" in name for name, _ in head.named_modules()):
+        raise ValueError(
+            "adapters on the head are not supported: leave lm_head out of the target modules and modules_to_save"
+        )
+    return model
+
+
+def has_trained_adapters(model: torch.nn.Module) -> bool:
+    """Whether LoRA's second factor, which starts at zero, is something else by now."""
+    return hasattr(model, "disable_adapter") and any(
+        "lora_B" in name and bool(p.any()) for name, p in model.named_parameters()
+    )
+
+
+def no_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0, that of attention functions too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def aux_coefficient(model, args: DPOConfig) -> float:
+    """Weight of the load-balancing loss, 0 for a model without a router."""
+    if not has_aux_loss(model):
+        if args.router_aux_loss_coef:
+            raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: the model has no auxiliary loss")
+        return 0.0
+    default = getattr(base_model(model).config.get_text_config(), "router_aux_loss_coef", 0.0)
+    return default if args.router_aux_loss_coef is None else args.router_aux_loss_coef
+
+
+def is_sharded(args: DPOConfig) -> bool:
+    """Whether FSDP or DeepSpeed will own the weights."""
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed or any(os.environ.get(f, "false").lower() == "true" for f in flags))
+
+
+def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[float, float, float], float]:
+    """`flops(rows, live, grad)`: 2 a weight and row forward, 2 for its input's gradient, 2 more where it is trained.
+
+    Of `live` rows in the head, `grad` take part in the backward pass.
+    """
+
+    def cost(parameters) -> int:
+        return sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters)
+
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    trunk = cost(p for p in model.parameters() if p.ndim > 1 and id(p) not in tables | {id(head.weight)})
+    forward = 2 * head.weight.numel()
+    backward = cost([head.weight]) - forward
+    return lambda rows, live, grad: rows * trunk + live * forward + grad * backward

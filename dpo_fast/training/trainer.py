@@ -1,0 +1,353 @@
+"""`DPOTrainer`: transformers' Trainer over prefix forests.
+
+What is here: how a batch becomes a loss, how losses add up over parts, micro-batches and ranks, and where metrics go.
+Everything else (schedules, logging, evaluation, resume, launchers, sharding) is transformers' own. How the model, the
+reference and the data are set up is in `setup_run.py`.
+"""
+
+import contextlib
+import dataclasses
+import os
+
+import torch
+from safetensors.torch import load_model, save_model
+from transformers import Trainer
+
+from ..data.pairs import PairDataset, prepare
+from ..forest.batch import ForestCollator, Part
+from ..forest.model import prepare_model
+from ..forest.paths import wpo_weights
+from ..losses import objective
+from . import checkpoint, metrics
+from .config import DPOConfig
+from .optim import MasterWeights
+from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, as_reference, precompute
+from .run_setup import set_up
+from .start_checks import check_start, verify_sharing
+from .throughput import Speed
+
+_HALF = (torch.bfloat16, torch.float16)
+_REF_FILE = "ref_model.safetensors"
+
+
+@dataclasses.dataclass
+class Totals:
+    """What a gradient is a mean over: the pairs of one optimizer step, over its micro-batches and all ranks."""
+
+    pairs: torch.Tensor | float
+    mean_chosen_length: torch.Tensor | float
+
+
+class DPOTrainer(Trainer):
+    """Train `model` on preference pairs; arguments as in TRL's `DPOTrainer`.
+
+    model: a name or folder (loaded with `args.model_init_kwargs`), a transformers causal LM, a PEFT model, or a module
+        that follows `dpo_fast.model.HiddenStateModel`.
+    ref_model: the reference. Left out, it is the model as it is passed in, kept in memory only where its log-probs are
+        neither precomputed nor to be had by switching adapters off.
+    train_dataset, eval_dataset: rows in any layout of `dpo_fast.data` (datasets.Dataset or list of mappings) or rows
+        with `prompt_ids`, `chosen_ids` and `rejected_ids`; `eval_dataset` may be a dict of several.
+    processing_class: the tokenizer. Left out, it is loaded from the model's folder when rows are text.
+    peft_config: wraps the model in adapters.
+
+    Raises ValueError for options and data that cannot work, before any step is spent.
+    """
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: DPOConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        peft_config=None,
+    ):
+        if data_collator is not None or compute_metrics is not None:
+            raise ValueError(
+                "data_collator and compute_metrics cannot be given: no padded batch and no logits exist here"
+            )
+        args = args or DPOConfig()
+        self.setup = set_up(model, ref_model, args, processing_class, peft_config, train_dataset, eval_dataset)
+        self.share = self.setup.share
+        super().__init__(
+            model=self.setup.model,
+            args=args,
+            data_collator=ForestCollator(
+                self.share, self.setup.aux_coef > 0, args.max_tokens_per_batch, self.setup.loss_options.margin_only
+            ),
+            train_dataset=self.setup.train_dataset,
+            eval_dataset=self.setup.eval_dataset,
+            processing_class=self.setup.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError("several GPUs need one process each: start with `accelerate launch` or `torchrun`")
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("fsdp has no effect: accelerate shards over several accelerators only")
+        if args.max_tokens_per_batch is not None and self.setup.aux_coef:
+            raise ValueError(
+                "max_tokens_per_batch would change the auxiliary loss of a mixture of experts, which is no sum over "
+                "pairs: set router_aux_loss_coef=0, or lower per_device_train_batch_size"
+            )
+        if args.max_tokens_per_batch is not None and self.is_deepspeed_enabled:
+            raise ValueError(
+                "max_tokens_per_batch splits batches, which DeepSpeed's engine counts itself: leave it out"
+            )
+        self.statistics = metrics.STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
+        self.ref_model = self.setup.ref_model
+        if self.ref_model is not None:
+            if self.setup.reference == MODEL:  # else it is moved to the device for the reference pass only
+                self.ref_model.to(self.accelerator.device)
+            prepare_model(self.ref_model, backend=args.backend)
+            if args.sync_ref_model:
+                alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+                self.add_callback(SyncRefModelCallback(self.ref_model, alpha, steps))
+        self._sums: torch.Tensor | None = None  # of metrics.COLUMNS since the last log
+        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the evaluation in progress
+        self._eval_mean_length = 1.0
+        self._speed = Speed()
+        self._started = self._verified = False
+        self.train_dataset = self._with_reference(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {k: self._with_reference(v, k) for k, v in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
+
+    # Data.
+
+    def _with_reference(self, data: PairDataset | None, name: str) -> PairDataset | None:
+        if data is not None and self.setup.reference == CACHED and "ref_chosen_logps" not in data[0]:
+            data.set_reference(precompute(self, self.ref_model or self.model, data.examples, name))
+        return data
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `Trainer.evaluate`; rows that were not given at construction are prepared here."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (PairDataset, dict, str)):
+            if self.setup.reference == CACHED and self._started and not self.setup.adapters and self.ref_model is None:
+                raise ValueError(
+                    "the reference of these rows cannot be computed any more, since the model has been trained: pass "
+                    "them as eval_dataset at construction, or set precompute_ref_log_probs=False"
+                )
+            data = prepare(
+                eval_dataset, self.setup.tokenizer, self.args, self.setup.vocab_size, metric_key_prefix, self.share
+            )
+            eval_dataset = self._with_reference(data, metric_key_prefix)
+        self._verify()
+        with self._speed.paused():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    # The loss.
+
+    def _loss(self, model, part: Part, mean_chosen_length) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the pairs' losses, and their metrics [B, columns]."""
+        args, forest, setup = self.args, part.forest, self.setup
+        out = model(forest=forest, outputs=self.statistics, aux_loss=setup.aux_coef > 0)
+        chosen, rejected = forest.sum_paths(out["token_logps"], args.ld_alpha)
+        reference = self._reference_logps(part)
+        weights = None
+        if args.use_weighting:
+            paths = [forest.gather_paths(out[name]) for name in ("token_logps", "log_sum_sq_probs")]
+            weights = wpo_weights(*paths, forest.lengths)
+        chosen_lengths, rejected_lengths = forest.lengths.view(2, -1)
+        result = objective(
+            setup.loss_options,
+            chosen,
+            rejected,
+            *((None, None) if reference is None else reference),
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            pair_weights=weights,
+            mean_chosen_length=mean_chosen_length if setup.loss_options.token_mean else None,
+        )
+        self._check_start(result)
+        aux = out.get("aux_loss")
+        loss = result.losses.sum()
+        if aux is not None:
+            loss = loss + setup.aux_coef * aux * part.pairs
+        delta = torch.zeros_like(chosen) if reference is None else chosen.detach() - reference[0]
+        return loss, metrics.pair_table(forest, out, result, delta, aux)
+
+    def _reference_logps(self, part: Part) -> torch.Tensor | None:
+        if self.setup.reference == NONE:
+            return None
+        if self.setup.reference == CACHED:
+            if part.ref_logps is None:
+                raise ValueError("these pairs have no reference log-probs: pass them to DPOTrainer, or as rows")
+            return part.ref_logps
+        model = self.ref_model or self.model_wrapped
+        # The policy's autocast is inside accelerate's wrapper, which a second model does not have.
+        with as_reference(model, self.ref_model is None), self.accelerator.autocast():
+            token_logps = model(forest=part.forest)["token_logps"]
+        return part.forest.sum_paths(token_logps, self.args.ld_alpha)
+
+    # A step.
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and the totals that its gradient is a mean over."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [part for batch in batches for part in batch["parts"]]
+        counts = [0.0] * 6
+        for part in parts:
+            forest = part.forest
+            live = forest.targets.numel(), forest.grad_items
+            mine = (part.pairs, part.chosen_tokens, forest.num_tokens, forest.rows, *live)
+            counts = [a + b for a, b in zip(counts, mine, strict=True)]
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device))
+        self._speed.add(counts)
+        return batches, Totals(counts[0], counts[1] / counts[0] if parts else 1.0)
+
+    def training_step(self, model, inputs, num_items_in_batch: Totals | None = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, part by part; returns its share of the step's mean loss."""
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()  # schedule-free optimizers
+        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        totals = num_items_in_batch or Totals(sum(p.pairs for p in parts), self.train_dataset.mean_chosen_length())
+        # Gradients are averaged over ranks, and the mean is over the pairs of all of them.
+        scale = self.accelerator.num_processes / totals.pairs
+        extra = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        total = torch.zeros((), device=self.args.device)
+        for part, counts, last in self._passes(parts):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss, table = self._loss(model, part, totals.mean_chosen_length)
+                loss = loss * (scale * counts)
+                self.accelerator.backward(loss, **extra)
+            if counts:
+                self._sums = table.sum(0) if self._sums is None else self._sums + table.sum(0)
+                total += loss.detach()
+        self._started = True
+        return total
+
+    def _passes(self, parts: list[Part]):
+        """(part, counts, last) as often on every rank: one with fewer parts repeats its last, which does not count."""
+        passes = len(parts)
+        if self.args.max_tokens_per_batch is not None and self.accelerator.num_processes > 1:
+            passes = int(self.accelerator.gather(torch.tensor([passes], device=self.args.device)).max())
+        for i in range(passes):
+            yield parts[min(i, len(parts) - 1)], i < len(parts), i == passes - 1
+
+    def _check_start(self, result) -> None:
+        """Before the very first step, policy and reference are the same model: say so where they are not."""
+        if self._started or self.state.global_step or self.setup.reference == NONE or self.setup.foreign_reference:
+            return
+        if self.model.training:
+            low = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype in _HALF
+            check_start(result.chosen_rewards, result.rejected_rewards, low)
+
+    # The trainer's life.
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
+        resume = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
+        self._verify()
+        self._speed.restart()
+        return super().train(resume_from_checkpoint=resume, **kwargs)
+
+    def _verify(self) -> None:
+        """Before accelerate wraps the model (training and evaluation do), so that the weights' own precision is used."""
+        if self.args.verify and not self._verified and self.setup.plan.path != "padded" and self.train_dataset:
+            verify_sharing(self.model, self.setup.plan, self.train_dataset[0], self.share)
+        self._verified = True
+
+    def create_optimizer(self, model=None):
+        """transformers' optimizer; bf16 and fp16 weights get fp32 masters, or a learning rate of 1e-6 is lost."""
+        low = any(p.dtype in _HALF for p in self.model.parameters() if p.requires_grad)
+        if low and self.optimizer is None and not self.is_deepspeed_enabled:
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if chosen[0] is not MasterWeights:
+                self.optimizer_cls_and_kwargs = (MasterWeights, {"optimizer_class": chosen[0], **chosen[1]})
+        return super().create_optimizer(model)
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = self._get_output_dir(trial=trial)
+        folder = os.path.join(run_dir, f"checkpoint-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        with self._speed.paused():
+            if self.args.should_save:
+                checkpoint.mark_incomplete(folder)
+            self._count_tokens()
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.sync_ref_model and self.args.should_save:
+                save_model(self.ref_model, os.path.join(folder, _REF_FILE))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.mark_complete(folder, step=self.state.global_step)
+                checkpoint.rotate(run_dir, limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            load_model(self.ref_model, os.path.join(resume_from_checkpoint, _REF_FILE))
+
+    # Metrics.
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One evaluation batch: keeps the pairs' metrics for `evaluation_loop`; returns (mean loss, None, None)."""
+        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        total = torch.zeros((), device=self.args.device)
+        for part, counts, _ in self._passes(parts):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, table = self._loss(model, part, self._eval_mean_length)
+            if counts:
+                total += loss
+                self._tables.append((part.index, table))
+        return total / sum(part.pairs for part in parts), None, None
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """transformers' loop; its metrics are replaced by true means, each pair counted once on whatever rank it was."""
+        self._tables = []
+        self._eval_mean_length = dataloader.dataset.mean_chosen_length()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        index = torch.cat([i for i, _ in self._tables]).to(self.args.device)
+        table = torch.cat([t for _, t in self._tables])
+        if self.accelerator.num_processes > 1:
+            rows = torch.cat([index[:, None].double(), table], dim=1)
+            rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows, dim=0, pad_index=-1))
+            index, table = rows[:, 0], rows[:, 1:]
+        # Ranks that run out of pairs repeat some, and padding has index -1.
+        first = {int(i): row for row, i in reversed(list(enumerate(index.tolist()))) if i >= 0}
+        names = self._name(metrics.means(table[sorted(first.values())].sum(0)))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in names.items()})
+        return output
+
+    def _name(self, values: dict[str, float]) -> dict[str, float]:
+        """The metrics that this run has; the loss with a mixture of experts' auxiliary loss in it, as it is trained."""
+        if self.setup.aux_coef:
+            values["loss"] += self.setup.aux_coef * values["aux_loss"]
+        else:
+            del values["aux_loss"]
+        if self.setup.reference == NONE:
+            del values["logps/chosen_delta"]
+        return values
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log and the speed to a training log; sums cross to the host here only."""
+        if "loss" in logs and self._sums is not None:
+            sums = self.accelerator.reduce(self._sums) if self.accelerator.num_processes > 1 else self._sums
+            logs.update(self._name(metrics.means(sums)))
+            self._sums = None
+            self._count_tokens()
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            logs.update(self._speed.report(self.setup.flops, self.accelerator))
+        super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        self.state.num_input_tokens_seen += self._speed.take_tokens()
+
+    def floating_point_ops(self, inputs) -> float:
+        """Operations of a micro-batch, forward and backward, for the trainer's total."""
+        forests = [part.forest for part in inputs["parts"]]
+        return sum(self.setup.flops(f.rows, f.targets.numel(), f.grad_items) for f in forests)

@@ -1,0 +1,93 @@
+"""The import rule of the README's tree: a wing imports those below it, nothing imports the commands, and there is no cycle."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What a wing may import of dpo_fast. `losses` and `loss_table` are the objective; None: everything.
+OBJECTIVE = {"loss_table", "losses"}
+MAY_IMPORT = {
+    "loss_table": set(),
+    "losses": {"loss_table"},
+    "reference": set(),
+    "kernels": {"kernels"},
+    "backends": {"backends", "reference", "kernels"} | OBJECTIVE,
+    "ops": {"ops", "backends"} | OBJECTIVE,
+    "forest": {"forest", "ops", "backends"} | OBJECTIVE,
+    "data": {"data", "forest.packing"},
+    "training": {"training", "data", "forest", "ops", "backends", "__init__"} | OBJECTIVE,
+}
+COMMANDS = {"train", "info", "cli", "demo", "integrations", "loop", "generate", "annotate", "labels"}
+
+
+def modules():
+    """Module name below dpo_fast -> file."""
+    found = {}
+    for folder, prefix in ((ROOT / "dpo_fast", ()), (ROOT / "kernels", ("kernels",))):
+        for path in folder.rglob("*.py"):
+            parts = prefix + path.relative_to(folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+            found[".".join(parts)] = path
+    return found
+
+
+def imports(name, path, known):
+    """Modules of dpo_fast that the file imports, in functions too."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    package = "" if name == "__init__" else package
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package.split(".") if package else []
+            base = base[: len(base) - node.level + 1]
+            target = [*base, *(node.module or "").split(".")] if node.module else base
+            target = ".".join(target)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dpo_fast":
+            target = node.module[len("dpo_fast.") :]
+        elif isinstance(node, ast.Import):
+            yield from (a.name[len("dpo_fast.") :] for a in node.names if a.name.startswith("dpo_fast."))
+            continue
+        else:
+            continue
+        for alias in node.names:
+            inner = f"{target}.{alias.name}" if target else alias.name
+            yield inner if inner in known else target or "__init__"
+
+
+def graph():
+    found = modules()
+    return {name: set(imports(name, path, found)) - {name} for name, path in found.items()}
+
+
+def wing(name):
+    return name.split(".")[0]
+
+
+def test_every_module_has_a_wing():
+    assert {wing(name) for name in modules()} <= set(MAY_IMPORT) | COMMANDS | {"__init__"}
+
+
+def test_wings_import_what_lies_below():
+    for name, targets in graph().items():
+        allowed = MAY_IMPORT.get(wing(name))
+        for target in targets if allowed is not None else ():
+            assert wing(target) in allowed or target in allowed, f"{name} imports {target}"
+
+
+def test_nothing_imports_the_commands():
+    for name, targets in graph().items():
+        if wing(name) not in COMMANDS:
+            assert not {target for target in targets if wing(target) in COMMANDS}, name
+
+
+def test_no_cycle():
+    open_ = {name: {t for t in targets if t != "__init__"} for name, targets in graph().items()}
+    while leaves := {name for name, targets in open_.items() if not targets & open_.keys()}:
+        open_ = {name: targets for name, targets in open_.items() if name not in leaves}
+    assert not open_, f"these import each other: {sorted(open_)}"
+
+
+def test_a_wrong_import_would_be_seen(tmp_path):
+    file = tmp_path / "packing.py"
+    file.write_text("from ..training.config import DPOConfig\nfrom . import attention\nimport dpo_fast.train\n")
+    known = {"training.config", "forest.attention", "train"}
+    assert set(imports("forest.packing", file, known)) == {"training.config", "forest.attention", "train"}
