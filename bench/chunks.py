@@ -9,6 +9,7 @@ import statistics
 import torch
 
 from bench.ceilings import chunk_rows, head_products, median_seconds
+from bench.common import free
 from bench.results import Results
 from dpo_fast.backends import BACKENDS, resolve
 from dpo_fast.ops.tiles import add_product
@@ -43,6 +44,7 @@ def sweep(results: Results, dtype: torch.dtype, n: int, d: int, v: int, sizes=SI
                 seconds = median_seconds(results.clock, call, repeats)
                 flops = (3 if trained else 2) * 2 * n * d * v
                 results.add(op=op, N=n, **shape, seconds=seconds, flops_per_second=flops / seconds)
+            free(device)
 
 
 def _products(results: Results, shape, hidden, weight, rows, repeats) -> None:

@@ -19,6 +19,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_part(args: argparse.Namespace, device: str, path: Path) -> int:
     """One part in this process."""
     part = PARTS[args.part]
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of renamed options: hundreds of lines
     # Its rows must be written before it is ended.
     seconds = 0.9 * args.seconds
     results = Results(path, device, seconds, args.without, stage=part.stage, part=args.part)

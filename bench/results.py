@@ -75,7 +75,9 @@ def read(path: Path) -> list[dict]:
 
 def line(row: dict) -> str:
     """A row as one line for people; the file has all of it."""
-    names = [str(row[key]) for key in ("part", "op", "model", "shape", "system", "variant") if row.get(key) not in (None, "")]
+    names = [
+        str(row[key]) for key in ("part", "op", "model", "shape", "system", "variant") if row.get(key) not in (None, "")
+    ]
     text = f"{' | '.join(names)}: "
     for key in ("failed", "skipped"):
         if key in row:
