@@ -12,11 +12,11 @@ from bench.common import ROOT
 
 
 class Watch:
-    """Kills a process group at its limit, or when it has said nothing for `silence` seconds."""
+    """Kills a process group at its limit, or when, after its first line, it says nothing for `silence` seconds."""
 
     def __init__(self, process: subprocess.Popen, seconds: float, silence: float | None):
         self.process, self.silence, self.why = process, silence, None
-        self.end, self.heard = time.monotonic() + seconds, time.monotonic()
+        self.end, self.heard = time.monotonic() + seconds, float("inf")  # until its first line it imports
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, args=(seconds,), daemon=True)
         self.thread.start()
@@ -44,7 +44,7 @@ def stream(
 ) -> str | None:
     """Runs `command` in the checkout, each line of its output to `on_line`; what went wrong, None where nothing did.
 
-    Killed after `seconds`, or `silence` seconds without a line.
+    Killed after `seconds`, or after `silence` seconds without another line.
     """
     try:
         # A group of its own, in this session: whoever ends the session ends it too.

@@ -29,8 +29,10 @@ class Results:
     def add(self, **row) -> dict:
         row = {**self.common, **row}
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab+") as file:
+            # Whoever wrote before may have been ended in the middle of a line.
+            whole = file.tell() == 0 or (file.seek(-1, 2), file.read())[1] == b"\n"
+            file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
         print(line(row), flush=True)
         return row
 

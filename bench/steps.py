@@ -76,11 +76,12 @@ def cases(dry: bool) -> list[Case]:
     on_off = (False, True)
     found = [Case(*case) for case in itertools.product(models, rows, on_off, on_off, (True, False))]
 
+    first = found[0]
+
     def changes(case: Case) -> int:
-        first = found[0]
         return sum(getattr(case, f.name) != getattr(first, f.name) for f in dataclasses.fields(Case))
 
-    found.sort(key=changes)
+    found = sorted(found, key=changes)
     return found[:5] if dry else found  # each thing changed once
 
 
