@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = "cpu" if args.dry_run else "cuda"
     folder = args.out or (Path(tempfile.mkdtemp()) if args.dry_run else ROOT / "bench/results")
+    folder = folder.resolve()  # a part runs in the checkout
     folder.mkdir(parents=True, exist_ok=True)
     if args.part:
         return run_part(args, device, args.file or folder / f"{args.part}.jsonl")

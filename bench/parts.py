@@ -1,6 +1,7 @@
 """The parts of bench.gpu's stages: what is measured, in which order, at which sizes. A part runs in a process of its own."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import torch
@@ -122,11 +123,13 @@ def _trl(results: Results, plan: Plan, seconds: float) -> None:
 
 
 def _smoke_tests(results: Results, plan: Plan, seconds: float) -> None:
-    checks.run_tests(results, checks.DRY if plan.dry else checks.SMOKE, seconds, "smoke tests")
+    end = time.monotonic() + seconds
+    for group in [checks.DRY] if plan.dry else checks.GROUPS:
+        checks.run_tests(results, group, end - time.monotonic(), "smoke tests")
 
 
 def _all_tests(results: Results, plan: Plan, seconds: float) -> None:
-    checks.run_tests(results, checks.DRY if plan.dry else ("-m", "gpu"), seconds, "GPU tests")
+    checks.run_tests(results, checks.DRY if plan.dry else ("-m", "gpu"), seconds, "GPU tests", 150)
 
 
 def _sanitizer(results: Results, plan: Plan, seconds: float) -> None:
@@ -136,7 +139,10 @@ def _sanitizer(results: Results, plan: Plan, seconds: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """`run(results, plan, seconds)`, ended after `seconds`, or when it has said nothing for `silence` seconds."""
+    """`run(results, plan, seconds)`, ended after `seconds`, or when it has said nothing for `silence` seconds.
+
+    What it starts must end before it does: run_tests has a shorter silence.
+    """
 
     stage: str
     run: Callable[[Results, Plan, float], None]
@@ -152,7 +158,7 @@ PARTS = {
     "chunks": Part("smoke", _chunks, 120),
     "agreement": Part("head", _agreement, 120),
     "head": Part("head", _head, 150),
-    "steps": Part("head", _steps, 240),
+    "steps": Part("head", _steps, 200),
     "peers": Part("head", _peers, 200, silence=180),  # they compile
     "trl": Part("head", _trl, 120),
     "all-tests": Part("tests", _all_tests, 360, silence=180),

@@ -167,6 +167,22 @@ def test_red_tests_are_rows(rows, tmp_path):
     assert any("assert 1 == 2" in text for text in counts["last_lines"])
 
 
+def test_a_test_that_hangs_is_left_behind(rows, tmp_path):
+    """The arguments are those of pytest; the program here says what pytest would."""
+    program = tmp_path / "pytest_.py"
+    program.write_text(
+        "import sys, time\n"
+        "for test in (x for x in sys.argv if '::' in x):\n"
+        "    if 'hangs' in test:\n"
+        "        time.sleep(600)\n"
+        "    print(test, 'PASSED [ 50%]', flush=True)\n"
+    )
+    tests = ["tests/x.py::a", "tests/x.py::hangs", "tests/x.py::b", "tests/x.py::c"]
+    checks.run_tests(rows, tests, 60, "smoke tests", 2, [sys.executable, str(program)])
+    assert [row["passed"] for row in rows.rows if "passed" in row] == [1, 2]
+    assert [row["test"] for row in rows.rows if "test" in row] == ["tests/x.py::hangs"]
+
+
 def test_without_compute_sanitizer(rows):
     checks.sanitize(rows, 60, checks.DRY, tool=["no-such-sanitizer"])
     assert [row["op"] for row in rows.rows] == ["compute-sanitizer memcheck", "compute-sanitizer racecheck"]
