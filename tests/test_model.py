@@ -20,8 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dpo_fast.forest import attention
-from dpo_fast.forest import model as model_module
+from dpo_fast.forest import attention, gate
 from dpo_fast.forest.gate import base_model, has_aux_loss, plan_model
 from dpo_fast.forest.model import evaluating, prepare_model, restore_model
 from dpo_fast.forest.packing import PrefixForest
@@ -229,7 +228,7 @@ def paths_and_gradients(model, paths):
 
 
 def force_padding(monkeypatch):
-    monkeypatch.setattr(model_module, "sharing_obstacle", lambda model: "the test says so")
+    monkeypatch.setattr(gate, "sharing_obstacle", lambda model: "the test says so")
 
 
 # ---- Families ----

@@ -78,12 +78,16 @@ def plan_model(model: torch.nn.Module) -> Plan:
 
 
 def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head of the bare model. Raises ValueError for one that is more than a weight and a bias."""
+    """The head of the bare model. Raises ValueError for one that is more than a weight and a bias, as PEFT makes it."""
     head = model.get_output_embeddings()
-    if hasattr(head, "base_layer"):
+    adapted = head is not None and any(
+        hasattr(module, "base_layer") or "lora_" in name or "modules_to_save" in name
+        for name, module in head.named_modules()
+    )
+    if adapted or (head is not None and not isinstance(getattr(head, "weight", None), torch.nn.Parameter)):
         raise ValueError(
-            f"the output layer carries an adapter ({type(head).__name__}) that would be left out: take it from PEFT's "
-            "target_modules"
+            f"adapters on the head ({type(head).__name__}) are not supported, since its log-probs are read off its weight: "
+            "leave lm_head out of the target modules and modules_to_save"
         )
     return head
 
