@@ -446,7 +446,7 @@ def test_the_bias_gradient_makes_no_wide_copy_of_the_workspace(monkeypatch):
             return out
 
     few_rows(monkeypatch, V, ROWS, 2)
-    monkeypatch.setattr(reference, "ROW_BYTES", ROWS * V * 4)
+    monkeypatch.setattr(eager, "ROW_BYTES", ROWS * V * 4)
     inside(monkeypatch)
     batch = data(N, D, V, dtype=torch.bfloat16)
     with Wide():
@@ -615,7 +615,7 @@ def test_token_logps_in_blocks(monkeypatch):
     logits, targets, _, grad = tokens(packed=True)
     options = {**TRANSFORMS["all"], "outputs": ALL}
     whole = run_tokens(token_logps, logits, targets, grad, **options)
-    monkeypatch.setattr(reference, "ROW_BYTES", 2 * V * 8)
+    monkeypatch.setattr(eager, "ROW_BYTES", 2 * V * 8)
     agree(run_tokens(token_logps, logits, targets, grad, **options), whole)
 
 
