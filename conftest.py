@@ -27,6 +27,14 @@ def pytest_configure(config):
     config.option.reportchars += "s"
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--benchmark"):
+        terminalreporter.write_line(
+            "These rows were measured one after the other. Ratios for quoting come from `python -m bench.cpu` and "
+            "`python -m bench.gpu`, whose systems take turns."
+        )
+
+
 def pytest_ignore_collect(collection_path, config):
     if BENCH in (collection_path, *collection_path.parents) and not config.getoption("--benchmark"):
         return True
