@@ -191,18 +191,24 @@ def _scale_kernel(x_ptr, factor_ptr, parts, stride, length, BLOCK: tl.constexpr)
 
 
 def scale_(x, factor):
-    """x *= factor for a factor of one element on x's device; reads no more than it where it is 1. Returns x.
+    """x *= factor for a factor of one element on the device of x; reads no more than the factor where that is 1.
 
-    x is contiguous, or each x[i] is.
+    x is contiguous, or each x[i] is, or its rows follow each other with gaps (`logits[..., :V]`). Returns x.
     """
-    parts, stride, length = (1, 0, x.numel()) if x.is_contiguous() else (len(x), x.stride(0), x[0].numel())
-    assert x.is_contiguous() or x[0].is_contiguous(), x.stride()
     if x.numel():
-        block = 8192
-        # Enough programs for 64 KB in flight an SM on the largest GPUs, and few to start where the factor is 1.
+        x_parts, block = _as_parts(x), 8192
+        parts, length = x_parts.shape
+        # Enough programs for 64 KB in flight per SM on the largest GPUs, and few to start where the factor is 1.
         programs = min(1024, parts * triton.cdiv(length, block))
-        _scale_kernel[(programs,)](x, factor, parts, stride, length, BLOCK=block, num_warps=8)
+        _scale_kernel[(programs,)](x, factor, parts, x_parts.stride(0), length, BLOCK=block, num_warps=8)
     return x
+
+
+def _as_parts(x) -> torch.Tensor:
+    """A view [parts, length] of x whose parts are as long as its strides allow."""
+    if x.is_contiguous():
+        return x.view(1, -1)
+    return x.flatten(1) if x[0].is_contiguous() else x.view(-1, x.shape[-1])
 
 
 def _statistics(N, device, outputs) -> dict[str, torch.Tensor]:

@@ -320,6 +320,23 @@ def test_inplace_takes_the_rows_of_a_wider_memory(backend):
     assert torch.equal(wide[:, V:], keep)
 
 
+@pytest.mark.parametrize("words", [V, 1])
+def test_inplace_takes_padded_rows_with_gaps(words, backend):
+    """`logits[..., :V]` of a wider tensor, whose gradient backward multiplies where it lies."""
+    wide = torch.randn(4, 3, 40)
+    keep = wide[..., words:].clone()
+    targets = torch.randint(words, (4, 3))
+    leaf = wide[..., :words].clone().requires_grad_()
+    expected = fields(dpo_loss(leaf, targets, backend=backend), -0.5, leaf=leaf)
+    x = wide[..., :words].requires_grad_()
+    ours = fields(dpo_loss(x, targets, backend=backend, inplace=True), -0.5, leaf=x)
+    for key, y in ours.items():
+        # Rows at other addresses may be summed in another order.
+        torch.testing.assert_close(y, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+    assert torch.equal(x.detach(), ours["dleaf"])
+    assert torch.equal(wide[..., words:], keep)
+
+
 def test_inplace_is_noticed_by_whoever_saved_the_logits():
     leaf = torch.randn(4, 3, V).requires_grad_()
     x = leaf.exp()

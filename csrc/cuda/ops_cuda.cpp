@@ -122,15 +122,18 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
   return {losses, logps};
 }
 
+// A view [parts, length] of x whose parts are as long as its strides allow.
+Tensor as_parts(const Tensor& x) {
+  if (x.is_contiguous()) return x.view({1, -1});
+  return x.select(0, 0).is_contiguous() ? x.flatten(1) : x.view({-1, x.size(-1)});
+}
+
 void scale_(const Tensor& x, const Tensor& factor) {
   const c10::cuda::CUDAGuard guard(x.device());
   if (x.numel() == 0) return;
-  const bool whole = x.is_contiguous();
-  TORCH_CHECK(whole || x.select(0, 0).is_contiguous(), "x is contiguous, or each x[i] is");
   TORCH_CHECK(factor.numel() == 1, "one factor");
-  const int64_t parts = whole ? 1 : x.size(0);
-  const Tensor number = floats(factor, x);
-  C10_CUDA_CHECK(cuda::scale_(x.data_ptr(), dtype_of(x), parts, whole ? 0 : x.stride(0), x.numel() / parts,
+  const Tensor parts = as_parts(x), number = floats(factor, x);
+  C10_CUDA_CHECK(cuda::scale_(x.data_ptr(), dtype_of(x), parts.size(0), parts.stride(0), parts.size(1),
                               number.const_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
 }
 
