@@ -9,6 +9,7 @@ from op_tools import FLOORS, HALF, assert_within_rule, double, fields, pairs, po
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast import dpo_loss, linear_dpo_loss
+from dpo_fast.backends import resolve
 from dpo_fast.backends.eager import TILE_BYTES
 from dpo_fast.loss_table import FUSED, LOSSES
 from dpo_fast.losses import LossOptions
@@ -335,6 +336,60 @@ def test_inplace_takes_padded_rows_with_gaps(words, backend):
         torch.testing.assert_close(y, expected[key], rtol=1e-5, atol=1e-6, msg=key)
     assert torch.equal(x.detach(), ours["dleaf"])
     assert torch.equal(wide[..., words:], keep)
+
+
+@pytest.mark.parametrize("bad", [V, -1, -99, 2**40])
+def test_launchers_and_targets_outside_the_vocabulary(bad, backend):
+    """A GPU does not look at targets: such a row, and the pair that holds it, are NaN, and no other is touched."""
+    launch = resolve(backend, "cpu")
+    logits = torch.randn(7, V)
+    targets = torch.tensor([3, -100, bad, 5, 0, 1, 2])
+    cu = torch.tensor([0, 1, 3, 5, 7], dtype=torch.int32)
+    fine = targets.clone()
+    fine[2] = -100
+    transform = {"scale": 1.5, "softcap": 4.0, "temperature": 0.7, "outputs": ("entropy", "is_top1")}
+    plain = {**transform, "outputs": ()}
+    forward = [launch.logps_fwd(logits, t, **transform) for t in (targets, fine)]
+    residuals = [logits.clone(), logits.clone()]
+    residual = [launch.residual_(x, t, **transform) for x, t in zip(residuals, (targets, fine), strict=True)]
+    plain.pop("outputs")
+    grads = [
+        launch.logps_bwd(logits, t, lse, torch.ones(7), **plain, out=torch.empty_like(logits))
+        for t, (_, lse, _) in zip((targets, fine), forward, strict=True)
+    ]
+    others = torch.tensor([0, 1, 3, 4, 5, 6])
+    for mine, other in ((forward[0][0], forward[1][0]), (residual[0][0], residual[1][0]), residuals, grads):
+        assert mine[2].isnan().all()
+        assert torch.equal(mine[others], other[others])
+        assert (mine[1] == 0).all()
+    assert not forward[0][2]["is_top1"][2]
+    options = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "discopop_tau": 0.05, "simpo_gamma": 0.5}
+    losses, _, out = launch.dpo_fused(logits, targets, cu, None, 0.5, **options, out=torch.empty_like(logits))
+    assert losses.isnan().tolist() == [False, True]
+    assert out.isnan().any(1).tolist() == [False, False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_residual_ignores_rows(kept, backend):
+    """An ignored row is not read, even where it holds NaN; its log-prob, statistics and gradient are 0."""
+    launch = resolve(backend, "cpu")
+    logits = torch.randn(5, V)
+    targets = torch.tensor([3, 9, 9, 5, 0])
+    index = -100 if kept else 9
+    targets[targets == 9] = index
+    expected = logits.clone()
+    seen = torch.tensor([0, 3, 4])
+    rows = expected[seen]
+    logps, stats = launch.residual_(rows, targets[seen], outputs=("entropy", "is_top1"))
+    logits[1:3] = torch.nan
+    found, found_stats = launch.residual_(logits, targets, ignore_index=index, outputs=("entropy", "is_top1"))
+    assert torch.equal(found[seen], logps)
+    assert torch.equal(logits[seen], rows)
+    assert (found[1:3] == 0).all()
+    assert (logits[1:3] == 0).all()
+    for name, x in found_stats.items():
+        assert torch.equal(x[seen], stats[name])
+        assert (x[1:3] == 0).all()
 
 
 def test_inplace_is_noticed_by_whoever_saved_the_logits():

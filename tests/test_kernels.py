@@ -372,7 +372,7 @@ def test_every_loss(loss_type, options, dtype):
 def test_shapes_of_a_batch(monkeypatch, lengths, programs):
     """Pairs of any size (empty ones too), whatever the size of the grid says of the order of the tickets."""
     if INTERPRETED:
-        monkeypatch.setattr(dpo, "program_count", lambda device: programs)
+        monkeypatch.setattr(dpo, "program_count", lambda device, per_sm: programs)
     check_dpo(pairs(lengths, 19, torch.float32))
 
 
