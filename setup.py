@@ -10,7 +10,7 @@ import platform
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CSRC = Path("csrc")
 # No a * b - c in one rounding unless it is asked for: the largest z minus itself is 0.
@@ -77,4 +77,4 @@ def warn(what: str, why: str) -> None:
     print(f"\n{'!' * 80}\ndpo_fast: the extension is {what}. {why}\n{'!' * 80}\n", file=sys.stderr)
 
 
-setup(**build())
+setup(packages=[*find_packages(include=["dpo_fast*"]), "dpo_fast.kernels"], **build())

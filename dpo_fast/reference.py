@@ -50,10 +50,10 @@ def transform_logits(
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
 
-# Statistics [N] of transformed logits z [N, V] and targets [N].
+# Statistics [...] of transformed logits z [..., V] and targets [...], whatever is ignored.
 STATISTICS = {
     "entropy": lambda z, targets, temperature: torch.special.entr(z.softmax(-1)).sum(-1),
     "mean_logits": lambda z, targets, temperature: (z * temperature).mean(-1),
-    "is_top1": lambda z, targets, temperature: z.gather(-1, targets[:, None])[:, 0] >= z.amax(-1),
+    "is_top1": lambda z, targets, temperature: z.gather(-1, targets.clamp(min=0)[..., None])[..., 0] >= z.amax(-1),
     "log_sum_sq_probs": lambda z, targets, temperature: z.softmax(-1).square().sum(-1).log(),
 }

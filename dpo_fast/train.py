@@ -122,7 +122,7 @@ def run(argv: list[str]) -> int:
 
     from .cli.parse import parse
     from .data.pairs import prepare
-    from .training.run_setup import load_tokenizer
+    from .training.run_setup import load_tokenizer, plan_run
 
     script, args, model_args = parse(argv, config)
     say = print if args.process_index == 0 else _say_nothing
@@ -141,7 +141,12 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{name} holds no tokenizer, or there is no such model folder or hub name")
     if model_args.chat_template_path:
         tokenizer.chat_template = Path(model_args.chat_template_path).read_text()
-    vocab_size = None if script.inspect_data else _plan_without_weights(model_args, args)
+    run = None if script.inspect_data else plan_run(name, args, peft_config=model_args.peft_config())
+    if run and model_args.attn_implementation and run.path.path == "shared":
+        raise ValueError(
+            f"attn_implementation={model_args.attn_implementation} has no effect: dpo_fast brings its own attention, "
+            "which shares prompts, for models of this kind. Leave it out"
+        )
     pairs = _load_pairs(script, args, say)
     if model_args.chat_template_path and all(isinstance(r["chosen"], str) for p in pairs.values() for r in p.rows):
         raise ValueError("chat_template_path has no effect: the data is text, not messages")
@@ -149,8 +154,8 @@ def run(argv: list[str]) -> int:
         for part, loaded in pairs.items():
             say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args)}")
         return 0
-    data = {part: prepare(loaded, tokenizer, args, vocab_size, part) for part, loaded in pairs.items()}
-    _train(script, args, model_args, tokenizer, data, resume, say)
+    data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
+    _train(run, script, args, tokenizer, data, resume, say)
     return 0
 
 
@@ -215,26 +220,18 @@ def _inspect(pairs: Pairs, tokenizer, args) -> str:
     return report(pairs, tokenized, tokenizer, batch_size=args.per_device_train_batch_size)
 
 
-def _train(script, args, model_args, tokenizer, data, resume, say) -> None:
-    from .training.run_setup import load_model
+def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     from .training.trainer import DPOTrainer
 
-    model = load_model(model_args.model_name_or_path, args)
-    args.model_init_kwargs = None
     trainer = DPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=data["train"],
-        eval_dataset=data.get("eval"),
-        processing_class=tokenizer,
-        peft_config=model_args.peft_config(),
+        plan, args=args, train_dataset=data["train"], eval_dataset=data.get("eval"), processing_class=tokenizer
     )
     if script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
     before = trainer.evaluate() if "eval" in data else None
     trainer.train(resume_from_checkpoint=resume)
-    speed = trainer._speed.totals()
+    speed = trainer.throughput.totals()
     after = _final_metrics(trainer) if "eval" in data else None
     if trainer.is_fsdp_enabled:  # accelerate's default for FSDP2 would leave the weights in shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -242,31 +239,6 @@ def _train(script, args, model_args, tokenizer, data, resume, say) -> None:
     say(f"saved the model and its tokenizer to {args.output_dir}")
     say(_summary(before, after, speed, trainer.state.global_step))
     trainer.accelerator.end_training()
-
-
-def _plan_without_weights(model_args, args) -> int:
-    """Rows of the model's head. Raises ValueError for a model that cannot be trained so, before its weights are read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from .forest.gate import plan_model
-    from .training.ref_model import choose_reference
-    from .training.run_setup import add_adapters, is_sharded
-
-    choose_reference(args, object(), None, is_sharded(args), adapters=model_args.use_peft)
-    remote = {"trust_remote_code": args.trust_remote_code}
-    revision = args.model_init_kwargs["revision"]
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=revision, **remote)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **remote)
-        plan = plan_model(model)
-        vocab_size = model.get_output_embeddings().weight.shape[0]
-        add_adapters(model, model_args.peft_config())
-    if model_args.attn_implementation and plan.path == "shared":
-        raise ValueError(
-            f"attn_implementation={model_args.attn_implementation} has no effect: dpo_fast brings its own attention, "
-            f"which shares prompts, for {config.model_type} models. Leave it out"
-        )
-    return vocab_size
 
 
 def _final_metrics(trainer) -> dict:

@@ -739,7 +739,7 @@ def test_refusals(call, message):
 
 
 def test_an_unknown_option():
-    with pytest.raises(TypeError, match="are no options of a loss: f_divergence_type, "):
+    with pytest.raises(TypeError, match="are no options of a loss: loss_type, "):
         dpo_loss(**logits_call(tau=0.1))
 
 

@@ -16,7 +16,7 @@ import torch
 from dpo_fast.backends import available_backends, eager
 from dpo_fast.info import main as info
 
-csrc = pytest.importorskip("dpo_fast.csrc", reason="the extension is not built")
+csrc = pytest.importorskip("dpo_fast.backends.extension", reason="the extension is not built")
 
 TESTS = Path(__file__).resolve().parent
 SETS = ["DEFAULT", "AVX2", "AVX512"]

@@ -1,6 +1,7 @@
 """kernels/ is dpo_fast.kernels, in a checkout and installed, and never the top-level package of that name."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -48,9 +49,7 @@ def built(tmp_path_factory):
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     for folder in ("dpo_fast", "kernels"):
-        (source / folder).mkdir()
-        for path in (ROOT / folder).glob("*.py"):
-            (source / folder / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     code = f"from setuptools import build_meta as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -64,6 +63,8 @@ def test_wheel_and_sdist_hold_the_kernels(built):
         f"dpo_fast/kernels/{name}" for name in FILES
     ]
     assert not [name for name in names if name.startswith("kernels/")]
+    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "dpo_fast").rglob("*.py")}
+    assert ours <= set(names)
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {f"kernels/{name}" for name in FILES} <= held

@@ -13,8 +13,10 @@ from test_trainer import config, weights
 
 from dpo_fast import DPOTrainer, ops
 from dpo_fast.forest import batch as collate
-from dpo_fast.forest import model, packing
+from dpo_fast.forest import gate, packing
+from dpo_fast.forest.model import prepare_model
 from dpo_fast.losses import preference_loss
+from dpo_fast.training.trainer import Totals
 
 MARGIN = {
     "sigmoid": {},
@@ -75,7 +77,7 @@ def any_number(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """(rows, whether they take part in the backward pass) of every call of the head's op."""
-    seen, op = [], ops.head_ops.linear_token_logps
+    seen, op = [], ops.head.linear_token_logps
 
     def recorded(hidden, *args):
         seen.append((len(hidden), torch.is_grad_enabled() and hidden.requires_grad))
@@ -83,7 +85,7 @@ def calls(monkeypatch):
         assert out[0].requires_grad == seen[-1][1]
         return out
 
-    monkeypatch.setattr(ops.head_ops, "linear_token_logps", recorded)
+    monkeypatch.setattr(ops.head, "linear_token_logps", recorded)
     return seen
 
 
@@ -97,7 +99,9 @@ def outcome(trainer, margin: bool):
     trainer.data_collator.margin = margin
     (part,) = trainer.data_collator(trainer.train_dataset.examples)["parts"]
     trainer.model.zero_grad()
-    loss, table = trainer._loss(trainer.model, part, 6.0)
+    totals = Totals(1, 6.0)
+    loss, outputs = trainer.compute_loss(trainer.model, {"parts": [part]}, True, totals)
+    loss, table = loss * part.pairs, outputs["pair_table"]
     loss.backward()
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     return part.forest, loss.detach(), table, torch.cat([p.grad.flatten() for p in trained])
@@ -106,7 +110,7 @@ def outcome(trainer, margin: bool):
 def both_ways(trainer, calls):
     """`outcome` with everything, then as the trainer does it; the forest and the head's calls of the second."""
     _, loss, table, grad = outcome(trainer, False)
-    used = trainer.setup.margin
+    used = trainer.setup.loss_options.margin_only
     calls.clear()
     forest, left_loss, left_table, left_grad = outcome(trainer, used)
     # Sums of the same numbers in another order.
@@ -150,7 +154,7 @@ def test_models(tmp_path, name, share, calls):
 
 
 def test_a_padded_model_shares_nothing(tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(model, "sharing_obstacle", lambda _: "the test says so")
+    monkeypatch.setattr(gate, "sharing_obstacle", lambda _: "the test says so")
     trainer = trainer_of(tmp_path, tiny.llama(), rows())
     assert trainer.setup.plan.path == "padded"
     forest, seen = both_ways(trainer, calls)
@@ -171,7 +175,7 @@ def test_adapters(tmp_path, calls):
 def test_pairs_that_cancel_whole_have_gradients_of_zero(calls):
     same = [{"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 7]}] * 2
     net = tiny.llama()
-    model.prepare_model(net)
+    prepare_model(net)
     calls.clear()
     part = collate.ForestCollator(margin=True).part(same)
     chosen, rejected = part.forest.gather_paths(net(forest=part.forest)["token_logps"]).sum(1).view(2, -1)

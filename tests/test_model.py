@@ -20,8 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dpo_fast.forest import attention
-from dpo_fast.forest import model as model_module
+from dpo_fast.forest import attention, gate
 from dpo_fast.forest.gate import base_model, has_aux_loss, plan_model
 from dpo_fast.forest.model import evaluating, prepare_model, restore_model
 from dpo_fast.forest.packing import PrefixForest
@@ -229,7 +228,7 @@ def paths_and_gradients(model, paths):
 
 
 def force_padding(monkeypatch):
-    monkeypatch.setattr(model_module, "sharing_obstacle", lambda model: "the test says so")
+    monkeypatch.setattr(gate, "sharing_obstacle", lambda model: "the test says so")
 
 
 # ---- Families ----
@@ -712,12 +711,12 @@ def test_lora(name, options, in_float64, monkeypatch):
 def test_adapters_on_the_head_are_refused():
     """They start as zeros: the probe cannot see that they would be left out."""
     model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="output layer carries an adapter"):
+    with pytest.raises(ValueError, match="adapters on the head"):
         prepare_model(model)
     model = build("llama")
     prepare_model(model)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="output layer carries an adapter"):
+    with pytest.raises(ValueError, match="adapters on the head"):
         forest_paths(wrapped, "prefix")
 
 

@@ -8,7 +8,7 @@ import torch
 from op_tools import FLOORS, HALF, assert_within_rule, pairs, poison  # noqa: F401 - poison is autouse
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_fast import ops, reference
+from dpo_fast import reference
 from dpo_fast.backends import eager
 from dpo_fast.backends.sequences import segment_ids, segment_sum
 from dpo_fast.ops import head as head_ops
@@ -77,7 +77,7 @@ def agree(ours, theirs, rtol=1e-11):
 
 def few_rows(monkeypatch, v, rows, itemsize=8):
     """Tiles of `rows` rows; returns the workspace that keeps as many."""
-    monkeypatch.setitem(ops.TILE_BYTES, "cpu", rows * v * itemsize)
+    monkeypatch.setitem(eager.TILE_BYTES, "cpu", rows * v * itemsize)
     return rows * v * itemsize
 
 
@@ -108,7 +108,7 @@ def test_every_subset_of_gradients_in_chunks(monkeypatch, needs, kept_rows):
 @pytest.mark.parametrize("tile", [1, 100])
 def test_a_tile_smaller_than_a_row(monkeypatch, needs, tile):
     batch = data(5, 3, 17)
-    monkeypatch.setitem(ops.TILE_BYTES, "cpu", tile)
+    monkeypatch.setitem(eager.TILE_BYTES, "cpu", tile)
     ours = run(linear_token_logps, *batch, needs=needs, workspace_bytes=2 * 17 * 8)
     agree(ours, run(reference.linear_token_logps, *batch, needs=needs))
 
@@ -446,7 +446,7 @@ def test_the_bias_gradient_makes_no_wide_copy_of_the_workspace(monkeypatch):
             return out
 
     few_rows(monkeypatch, V, ROWS, 2)
-    monkeypatch.setattr(reference, "ROW_BYTES", ROWS * V * 4)
+    monkeypatch.setattr(eager, "ROW_BYTES", ROWS * V * 4)
     inside(monkeypatch)
     batch = data(N, D, V, dtype=torch.bfloat16)
     with Wide():
@@ -460,12 +460,12 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
 
 
 def test_chunks_tile_the_rows(monkeypatch):
-    monkeypatch.setitem(ops.TILE_BYTES, "cpu", 4 * 10 * 8)
-    assert ops.chunks(10, 10, torch.float64, "cpu") == [(0, 4), (4, 8), (8, 10)]
-    assert ops.chunks(10, 10, torch.float64, "cpu", boundary=5) == [(0, 4), (4, 5), (5, 9), (9, 10)]
-    assert ops.chunks(10, 10, torch.float64, "cpu", boundary=99) == [(0, 4), (4, 8), (8, 10)]
-    assert ops.chunks(2, 1000, torch.float64, "cpu") == [(0, 1), (1, 2)]
-    assert ops.chunks(0, 10, torch.float64, "cpu") == []
+    monkeypatch.setitem(eager.TILE_BYTES, "cpu", 4 * 10 * 8)
+    assert eager.chunks(10, 10, torch.float64, "cpu") == [(0, 4), (4, 8), (8, 10)]
+    assert eager.chunks(10, 10, torch.float64, "cpu", boundary=5) == [(0, 4), (4, 5), (5, 9), (9, 10)]
+    assert eager.chunks(10, 10, torch.float64, "cpu", boundary=99) == [(0, 4), (4, 8), (8, 10)]
+    assert eager.chunks(2, 1000, torch.float64, "cpu") == [(0, 1), (1, 2)]
+    assert eager.chunks(0, 10, torch.float64, "cpu") == []
 
 
 # ---- Refusals ----
@@ -520,8 +520,7 @@ def token_truth(logits, targets, *, outputs=(), temperature=1.0, **transform):
     logps = reference.token_logps(logits, targets, temperature=temperature, **transform)
     wide = logits.detach().to(logps.dtype)
     z = reference.transform_logits(wide, *(transform.get(k, d) for k, d in (("logit_scale", 1.0), ("softcap", None))))
-    log_probs = (z / temperature).log_softmax(-1)
-    stats = {name: reference._statistic(name, z, log_probs, logps.detach(), 1.0) for name in outputs}
+    stats = {name: reference.STATISTICS[name](z / temperature, targets, temperature) for name in outputs}
     return logps, {name: x.masked_fill(targets == -100, 0) for name, x in stats.items()}
 
 
@@ -616,7 +615,7 @@ def test_token_logps_in_blocks(monkeypatch):
     logits, targets, _, grad = tokens(packed=True)
     options = {**TRANSFORMS["all"], "outputs": ALL}
     whole = run_tokens(token_logps, logits, targets, grad, **options)
-    monkeypatch.setattr(reference, "ROW_BYTES", 2 * V * 8)
+    monkeypatch.setattr(eager, "ROW_BYTES", 2 * V * 8)
     agree(run_tokens(token_logps, logits, targets, grad, **options), whole)
 
 

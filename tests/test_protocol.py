@@ -77,7 +77,7 @@ def forest_paths(model, share):
 def test_shared_equals_unshared(share, bias):
     model = build(bias=bias)
     own = with_gradients(model, own_paths(model))
-    assert prepare_model(model) == Plan("segments", None, plan_model(model).head, share=True)
+    assert prepare_model(model) == Plan("segments", None, plan_model(model).logits, share=True)
     for ours, theirs in zip(with_gradients(model, forest_paths(model, share)), own, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 

@@ -10,16 +10,16 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-import dpo_fast.ref_cache as ref_cache
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dpo_fast.training import ref_cache
 from dpo_fast.training.ref_cache import RefCache, compute_missing, weights_fingerprint
 
 KEY = {"weights": "w0", "precision": "bf16", "version": "1"}
-ROOT = Path(ref_cache.__file__).parents[1]
+ROOT = Path(ref_cache.__file__).parents[2]
 
 
 def make_examples(n, seed=0):
@@ -329,7 +329,7 @@ def test_kill_in_the_middle_of_a_write_then_resume(tmp_path):
     child = run_python(
         """
         import os, signal, sys
-        import dpo_fast.ref_cache as ref_cache
+        from dpo_fast.training import ref_cache
         from test_ref_cache import KEY, make_examples, reference
 
         fsync, calls = os.fsync, []
@@ -363,7 +363,7 @@ def test_concurrent_writers(tmp_path):
     code = """
         import sys, time
         from pathlib import Path
-        from dpo_fast.ref_cache import RefCache
+        from dpo_fast.training.ref_cache import RefCache
         from test_ref_cache import KEY, make_examples, reference
 
         folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

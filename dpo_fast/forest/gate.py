@@ -13,6 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
+HEAD_ADAPTER = (
+    "adapters on the head are not supported, since its log-probs are read off its weight: leave lm_head out of the target "
+    "modules and modules_to_save"
+)
+
 
 class HiddenStateModel(Protocol):
     """What dpo_fast needs of a module that is not from transformers.
@@ -78,13 +83,10 @@ def plan_model(model: torch.nn.Module) -> Plan:
 
 
 def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head of the bare model. Raises ValueError for one that is more than a weight and a bias."""
+    """The head of the bare model. Raises ValueError for one that carries an adapter, which reading its weight would lose."""
     head = model.get_output_embeddings()
     if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"the output layer carries an adapter ({type(head).__name__}) that would be left out: take it from PEFT's "
-            "target_modules"
-        )
+        raise ValueError(HEAD_ADAPTER)
     return head
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of: model, tokenizer, adapters, reference and tokenised data, chosen and checked before training."""
+"""What a run is made of: `plan_run` checks it before any weight is read, `set_up` loads, wraps and tokenises."""
 
 import contextlib
 import dataclasses
@@ -8,17 +8,51 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.pairs import PairDataset, prepare
-from ..forest.gate import Plan, base_model, has_aux_loss
+from ..forest.gate import HEAD_ADAPTER, Plan, base_model, has_aux_loss, output_layer, plan_model
 from ..forest.model import prepare_model, restore_model
 from ..losses import LossOptions
 from .config import DPOConfig
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before any weight is read; `DPOTrainer` takes it in the place of a model."""
+
+    model: Any  # a name or folder, or the model itself
+    ref_model: torch.nn.Module | None
+    peft_config: Any
+    path: Plan  # how the trunk goes over a forest; running a few tokens may still change it
+    vocab_size: int  # rows of the head
+    reference: str  # see ref_model.py
+
+
+def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None) -> RunPlan:
+    """Check that model, reference and adapters can be trained so. A model that is a name is built without weights.
+
+    Raises ValueError for what cannot work together, and for a model that no path computes correctly.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("ZeRO-3 partitions the weights before they can be checked: use ZeRO-2 or fsdp")
+    reference = choose_reference(args, model, ref_model, is_sharded(args), adapters=peft_config is not None)
+    if isinstance(model, str):
+        remote = {"trust_remote_code": args.trust_remote_code}
+        revision = (args.model_init_kwargs or {}).get("revision", "main")
+        config = AutoConfig.from_pretrained(model, revision=revision, **remote)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, **remote)
+            path, head = plan_model(empty), empty.get_output_embeddings()
+            add_adapters(empty, peft_config)
+    else:
+        restore_model(model)
+        path, head = plan_model(base_model(model)), base_model(model).get_output_embeddings()
+    return RunPlan(model, ref_model, peft_config, path, head.weight.shape[0], reference)
 
 
 @dataclasses.dataclass
@@ -41,17 +75,14 @@ class Setup:
     flops: Callable[[float, float, float], float]
 
 
-def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows, eval_rows) -> Setup:
-    """Load, wrap and check. Raises ValueError for what cannot work together."""
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("ZeRO-3 partitions the weights before they can be checked: use ZeRO-2 or fsdp")
+def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> Setup:
+    """Load, wrap and check what `plan_run` planned. Raises ValueError for what cannot work together."""
     set_seed(args.seed)  # adapters start at random
+    model, ref_model, reference = run.model, run.ref_model, run.reference
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
     model = load_model(model, args)
-    restore_model(model)
     if tokenizer is None and name:
         tokenizer = load_tokenizer(name, args)
-    reference = choose_reference(args, model, ref_model, is_sharded(args), adapters=peft_config is not None)
     foreign = ref_model is not None
     if reference in (ADAPTER, CACHED) and not foreign and has_trained_adapters(model):
         raise ValueError(
@@ -60,7 +91,7 @@ def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows
         )
     if ref_model is None and reference == MODEL:
         ref_model = frozen_copy(model)
-    model = add_adapters(model, peft_config)
+    model = add_adapters(model, run.peft_config)
     for module in filter(None, (model, ref_model)):
         if args.disable_dropout:
             no_dropout(module)
@@ -76,7 +107,7 @@ def set_up(model, ref_model, args: DPOConfig, tokenizer, peft_config, train_rows
         args.gradient_checkpointing = args.activation_checkpointing = False  # the older and the newer name
     if args.gradient_checkpointing and hasattr(model, "disable_adapter"):
         model.enable_input_require_grads()
-    head = base_model(model).get_output_embeddings()
+    head = output_layer(base_model(model))
     vocab_size = head.weight.shape[0]
     datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
     prepared = {k: prepare(v, tokenizer, args, vocab_size, k, share) for k, v in datasets.items() if v is not None}
@@ -133,15 +164,9 @@ def add_adapters(model, peft_config):
         if hasattr(model, "disable_adapter"):
             raise ValueError("the model already has adapters: merge them first, or leave peft_config out")
         model = get_peft_model(model, peft_config)
-    head = base_model(model).get_output_embeddings()
-    if head is not None and not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
-        raise ValueError(
-            "adapters on the head are not supported: leave lm_head out of the target modules and modules_to_save"
-        )
-    if any("lora_" in name or "modules_to_save" in name for name, _ in head.named_modules()):
-        raise ValueError(
-            "adapters on the head are not supported: leave lm_head out of the target modules and modules_to_save"
-        )
+        head = output_layer(base_model(model))
+        if any("modules_to_save" in name for name, _ in head.named_modules()):
+            raise ValueError(HEAD_ADAPTER)
     return model
 
 

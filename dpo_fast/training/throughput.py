@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-class Speed:
+class Throughput:
     """Counts between two logs; time spent in evaluation and saving does not count."""
 
     def __init__(self):

@@ -22,9 +22,9 @@ from . import checkpoint, metrics
 from .config import DPOConfig
 from .optim import MasterWeights
 from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, as_reference, precompute
-from .run_setup import set_up
+from .run_setup import RunPlan, plan_run, set_up
 from .start_checks import check_start, verify_sharing
-from .throughput import Speed
+from .throughput import Throughput
 
 _HALF = (torch.bfloat16, torch.float16)
 _REF_FILE = "ref_model.safetensors"
@@ -37,12 +37,18 @@ class Totals:
     pairs: torch.Tensor | float
     mean_chosen_length: torch.Tensor | float
 
+    @classmethod
+    def of(cls, parts: list[Part]) -> "Totals":
+        """Of the pairs in `parts` alone."""
+        pairs = sum(part.pairs for part in parts)
+        return cls(pairs, max(sum(part.chosen_tokens for part in parts), 1) / pairs)
+
 
 class DPOTrainer(Trainer):
     """Train `model` on preference pairs; arguments as in TRL's `DPOTrainer`.
 
-    model: a name or folder (loaded with `args.model_init_kwargs`), a transformers causal LM, a PEFT model, or a module
-        that follows `dpo_fast.model.HiddenStateModel`.
+    model: a name or folder (loaded with `args.model_init_kwargs`), a transformers causal LM, a PEFT model, a module that
+        follows `dpo_fast.forest.gate.HiddenStateModel`, or what `plan_run` made of one of these.
     ref_model: the reference. Left out, it is the model as it is passed in, kept in memory only where its log-probs are
         neither precomputed nor to be had by switching adapters off.
     train_dataset, eval_dataset: rows in any layout of `dpo_fast.data` (datasets.Dataset or list of mappings) or rows
@@ -72,7 +78,8 @@ class DPOTrainer(Trainer):
                 "data_collator and compute_metrics cannot be given: no padded batch and no logits exist here"
             )
         args = args or DPOConfig()
-        self.setup = set_up(model, ref_model, args, processing_class, peft_config, train_dataset, eval_dataset)
+        run = model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config)
+        self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
         self.share = self.setup.share
         super().__init__(
             model=self.setup.model,
@@ -110,14 +117,20 @@ class DPOTrainer(Trainer):
                 self.add_callback(SyncRefModelCallback(self.ref_model, alpha, steps))
         self._sums: torch.Tensor | None = None  # of metrics.COLUMNS since the last log
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the evaluation in progress
-        self._eval_mean_length = 1.0
-        self._speed = Speed()
+        self._eval_totals: Totals | None = None
+        self.throughput = Throughput()
         self._started = self._verified = False
         self.train_dataset = self._with_reference(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {k: self._with_reference(v, k) for k, v in self.eval_dataset.items()}
         else:
             self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
+
+    # TRL's names for what users and callbacks read.
+
+    beta = property(lambda self: self.args.beta)
+    loss_types = property(lambda self: self.args.loss_type)
+    aux_loss_enabled = property(lambda self: self.setup.aux_coef > 0)
 
     # Data.
 
@@ -139,17 +152,37 @@ class DPOTrainer(Trainer):
             )
             eval_dataset = self._with_reference(data, metric_key_prefix)
         self._verify()
-        with self._speed.paused():
+        with self.throughput.paused():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # The loss.
 
-    def _loss(self, model, part: Part, mean_chosen_length) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the pairs' losses, and their metrics [B, columns]."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Totals | None = None):
+        """The mean loss of the pairs in `inputs`, as transformers' trainers compute it; override it to change the loss.
+
+        Args:
+            inputs: `{"parts": [Part, ...]}`; training and evaluation call this once per part, one forward pass.
+            num_items_in_batch: what the step's gradient is a mean over; None: the pairs of `inputs` alone.
+
+        Returns:
+            the loss, a scalar with a gradient, or with `return_outputs` (loss, outputs). `outputs["pair_table"]` [B, columns]
+            holds the metrics' sums per pair (metrics.py), the others are `PreferenceOutput`'s fields [B]. An override hands
+            on the outputs of `super().compute_loss(model, inputs, True, num_items_in_batch)`, or what it made of them.
+        """
+        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        totals = num_items_in_batch or Totals.of(parts)
+        found = [self._part_loss(model, part, totals.mean_chosen_length) for part in parts]
+        loss = sum(loss for loss, _ in found) / sum(part.pairs for part in parts)
+        if not return_outputs:
+            return loss
+        return loss, {name: torch.cat([outputs[name] for _, outputs in found]) for name in found[0][1]}
+
+    def _part_loss(self, model, part: Part, mean_chosen_length) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum of the pairs' losses, and what `compute_loss` returns beside it."""
         args, forest, setup = self.args, part.forest, self.setup
         out = model(forest=forest, outputs=self.statistics, aux_loss=setup.aux_coef > 0)
         chosen, rejected = forest.sum_paths(out["token_logps"], args.ld_alpha)
-        reference = self._reference_logps(part)
+        reference = self.reference_logps(part)
         weights = None
         if args.use_weighting:
             paths = [forest.gather_paths(out[name]) for name in ("token_logps", "log_sum_sq_probs")]
@@ -171,9 +204,26 @@ class DPOTrainer(Trainer):
         if aux is not None:
             loss = loss + setup.aux_coef * aux * part.pairs
         delta = torch.zeros_like(chosen) if reference is None else chosen.detach() - reference[0]
-        return loss, metrics.pair_table(forest, out, result, delta, aux)
+        outputs = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+        del outputs["loss"]
+        return loss, {**outputs, "pair_table": metrics.pair_table(forest, out, result, delta, aux)}
 
-    def _reference_logps(self, part: Part) -> torch.Tensor | None:
+    def _loss_and_table(self, model, part: Part, totals: Totals) -> tuple[torch.Tensor, torch.Tensor]:
+        """`compute_loss` of one part, an override's too, and its table with that loss in the column `loss`."""
+        loss, outputs = self.compute_loss(model, {"parts": [part]}, return_outputs=True, num_items_in_batch=totals)
+        table = outputs["pair_table"] if isinstance(outputs, dict) and "pair_table" in outputs else None
+        if table is None:
+            raise ValueError(
+                "compute_loss must return (loss, outputs) with the outputs of super().compute_loss(..., "
+                "return_outputs=True): the metrics are in them"
+            )
+        # What the base did not put there itself (an auxiliary loss, an override's terms) is the same for every pair.
+        column = metrics.COLUMNS.index("loss")
+        table[:, column] += loss.detach().double() - table[:, column].mean()
+        return loss, table
+
+    def reference_logps(self, part: Part) -> torch.Tensor | None:
+        """Summed log-probs of the part's pairs under the reference, [2, B] (chosen, rejected); None where a loss has none."""
         if self.setup.reference == NONE:
             return None
         if self.setup.reference == CACHED:
@@ -185,6 +235,17 @@ class DPOTrainer(Trainer):
         with as_reference(model, self.ref_model is None), self.accelerator.autocast():
             token_logps = model(forest=part.forest)["token_logps"]
         return part.forest.sum_paths(token_logps, self.args.ld_alpha)
+
+    def compute_ref_log_probs(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """TRL's name: chosen and rejected log-probs [B] of `inputs` under `model` as the reference, adapters switched off."""
+        adapters = model is self.model and hasattr(model, "disable_adapter")
+        found = []
+        with as_reference(model, adapters), self.accelerator.autocast():
+            for part in inputs["parts"]:
+                forest = part.forest.to(self.args.device)
+                found.append(forest.sum_paths(model(forest=forest)["token_logps"], self.args.ld_alpha))
+        chosen, rejected = torch.cat(found, dim=1)
+        return chosen, rejected
 
     # A step.
 
@@ -200,7 +261,7 @@ class DPOTrainer(Trainer):
             counts = [a + b for a, b in zip(counts, mine, strict=True)]
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device))
-        self._speed.add(counts)
+        self.throughput.add(counts)
         return batches, Totals(counts[0], counts[1] / counts[0] if parts else 1.0)
 
     def training_step(self, model, inputs, num_items_in_batch: Totals | None = None) -> torch.Tensor:
@@ -209,7 +270,7 @@ class DPOTrainer(Trainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers
         parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
-        totals = num_items_in_batch or Totals(sum(p.pairs for p in parts), self.train_dataset.mean_chosen_length())
+        totals = num_items_in_batch or Totals.of(parts)
         # Gradients are averaged over ranks, and the mean is over the pairs of all of them.
         scale = self.accelerator.num_processes / totals.pairs
         extra = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -217,8 +278,8 @@ class DPOTrainer(Trainer):
         for part, counts, last in self._passes(parts):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss, table = self._loss(model, part, totals.mean_chosen_length)
-                loss = loss * (scale * counts)
+                    loss, table = self._loss_and_table(model, part, totals)
+                loss = loss * (part.pairs * scale * counts)
                 self.accelerator.backward(loss, **extra)
             if counts:
                 self._sums = table.sum(0) if self._sums is None else self._sums + table.sum(0)
@@ -248,7 +309,7 @@ class DPOTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
         resume = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
         self._verify()
-        self._speed.restart()
+        self.throughput.restart()
         return super().train(resume_from_checkpoint=resume, **kwargs)
 
     def _verify(self) -> None:
@@ -270,7 +331,7 @@ class DPOTrainer(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         folder = os.path.join(run_dir, f"checkpoint-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with self._speed.paused():
+        with self.throughput.paused():
             if self.args.should_save:
                 checkpoint.mark_incomplete(folder)
             self._count_tokens()
@@ -298,9 +359,9 @@ class DPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for part, counts, _ in self._passes(parts):
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss, table = self._loss(model, part, self._eval_mean_length)
+                loss, table = self._loss_and_table(model, part, self._eval_totals)
             if counts:
-                total += loss
+                total += loss * part.pairs
                 self._tables.append((part.index, table))
         return total / sum(part.pairs for part in parts), None, None
 
@@ -309,7 +370,8 @@ class DPOTrainer(Trainer):
     ):
         """transformers' loop; its metrics are replaced by true means, each pair counted once on whatever rank it was."""
         self._tables = []
-        self._eval_mean_length = dataloader.dataset.mean_chosen_length()
+        data = dataloader.dataset
+        self._eval_totals = Totals(len(data), data.mean_chosen_length())
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         index = torch.cat([i for i, _ in self._tables]).to(self.args.device)
         table = torch.cat([t for _, t in self._tables])
@@ -324,10 +386,8 @@ class DPOTrainer(Trainer):
         return output
 
     def _name(self, values: dict[str, float]) -> dict[str, float]:
-        """The metrics that this run has; the loss with a mixture of experts' auxiliary loss in it, as it is trained."""
-        if self.setup.aux_coef:
-            values["loss"] += self.setup.aux_coef * values["aux_loss"]
-        else:
+        """The metrics that this run has."""
+        if not self.setup.aux_coef:
             del values["aux_loss"]
         if self.setup.reference == NONE:
             del values["logps/chosen_delta"]
@@ -341,11 +401,11 @@ class DPOTrainer(Trainer):
             self._sums = None
             self._count_tokens()
             logs["num_tokens"] = self.state.num_input_tokens_seen
-            logs.update(self._speed.report(self.setup.flops, self.accelerator))
+            logs.update(self.throughput.report(self.setup.flops, self.accelerator))
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
-        self.state.num_input_tokens_seen += self._speed.take_tokens()
+        self.state.num_input_tokens_seen += self.throughput.take_tokens()
 
     def floating_point_ops(self, inputs) -> float:
         """Operations of a micro-batch, forward and backward, for the trainer's total."""
