@@ -5,12 +5,21 @@ import math
 
 import pytest
 import torch
-from op_tools import FLOORS, HALF, assert_within_rule, double, fields, pairs, poison, truth  # noqa: F401 - poison is autouse
+from op_tools import (  # noqa: F401 - poison is autouse
+    FLOORS,
+    HALF,
+    assert_within_rule,
+    double,
+    fields,
+    pairs,
+    poison,
+    small_tiles,
+    truth,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast import dpo_loss, linear_dpo_loss
 from dpo_fast.backends import resolve
-from dpo_fast.backends.eager import TILE_BYTES
 from dpo_fast.loss_table import FUSED, LOSSES
 from dpo_fast.losses import LossOptions
 from dpo_fast.ops import head as head_ops
@@ -265,7 +274,7 @@ class Allocated(TorchDispatchMode):
 def test_a_shifted_slice_is_not_copied(monkeypatch):
     whole = torch.randn(4, 6, 64)
     targets = torch.randint(64, (4, 5))
-    monkeypatch.setitem(TILE_BYTES, "cpu", 2 * 64 * 4)
+    small_tiles(monkeypatch, 2 * 64 * 4)
     arguments = None, None, None, None, "sigmoid", "reverse_kl", [0.1, 0.0, 0.5, 0.05, 0.5, 1.0], -100, "torch", False
     with Allocated() as mode:
         rows, _ = logits_ops.flat_rows(whole[:, :-1], targets, -100)
@@ -495,7 +504,7 @@ def check_head(batch, ref, *, workspace_bytes=None, backend=None, **options):
 
 
 def few_rows(monkeypatch, rows, v=V, itemsize=8):
-    monkeypatch.setitem(TILE_BYTES, "cpu", rows * v * itemsize)
+    small_tiles(monkeypatch, rows * v * itemsize)
 
 
 @pytest.mark.parametrize("needs", [("hidden",), NAMES])

@@ -230,7 +230,7 @@ def chunks(n: int, rows: int) -> list[tuple[int, int]]:
     if n > 1 and rows > 1 and n - starts[-1] == 1:
         # The chunk before gives a step of its rows, or one row where a step is all it has.
         starts[-1] -= ROW_STEP if rows > ROW_STEP else 1
-    return list(zip(starts, [*starts[1:], n], strict=True))
+    return list(zip(starts, [*starts[1:], n], strict=False))
 
 
 def rows_within(n: int, limit: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..backends.eager import chunks, tile_rows, whole_steps, wide_dtype
+from ..backends.eager import chunks, row_blocks, tile_rows, whole_steps, wide_dtype
 
 # Of `d logps / d logits` that is kept between the forward and backward pass of a trained head.
 WORKSPACE_BYTES = 1 << 30
@@ -91,7 +91,7 @@ class GradientSums:
             else:
                 self.weight = torch.mm(residual.t(), scaled)
         if self.of_bias is not None:
-            self.bias = add_product(self.bias, residual.t(), _columns(coef, residual.dtype))
+            self.bias = add_column_sums(self.bias, residual, coef)
 
     def results(self, empty: Tensor) -> tuple[Tensor, Tensor]:
         """In the types of weight and bias; `empty` where one is not wanted, zeros where no row was added."""
@@ -108,7 +108,18 @@ class GradientSums:
         return found[0], found[1]
 
 
-def _columns(coef: Tensor, dtype: torch.dtype) -> Tensor:
+def add_column_sums(total: Tensor | None, residual: Tensor, coef: Tensor) -> Tensor:
+    """`total + residual.t() @ coef` in float32 or wider, [V, k]: the sum over k is meant."""
+    if residual.is_cuda or residual.dtype == coef.dtype:
+        return add_product(total, residual.t(), as_columns(coef, residual.dtype))
+    # A CPU's product of half precision would round each sum; the float32 copies of a few rows stay in its cache.
+    for a, b in row_blocks(0, len(residual), residual):
+        part = (residual[a:b] * coef[a:b]).sum(0)[:, None]
+        total = part if total is None else total.add_(part)
+    return total
+
+
+def as_columns(coef: Tensor, dtype: torch.dtype) -> Tensor:
     """Coefficients [n, 1] as columns of `dtype` whose sum they are, to twice its digits; a row of 16 bytes suits a GPU."""
     if coef.dtype == dtype:
         return coef
