@@ -73,18 +73,16 @@ __global__ void __launch_bounds__(2 * kResidualThreads / kBlocks, kBlocks)
     residual_kernel(Logits x, Targets targets, Z transform, float temperature, float* logps, float* statistics) {
   const int64_t n = blockIdx.x, target = targets.data[n];
   T* row = static_cast<T*>(x.data) + n * x.stride;
-  float picked = 0;
-  Row found{0, 0, 0, 0, 0};
-  const bool scored = target != targets.ignore_index;
-  if (scored) {
-    const Target word = checked(target, x.V);
-    picked = transform.z(to_float(row[word.index])) + word.fault;
-    found = reduce_row<kStatistics>(row, x.V, transform);
-    write_gradient(row, row, x.V, word.index, 1 + word.fault, found.top, found.log_total, transform);
-  } else {
+  if (target == targets.ignore_index) {
+    if (threadIdx.x == 0) store_row<kStatistics>(n, x, false, 0, Row{0, 0, 0, 0, 0}, temperature, logps, statistics);
     write_zeros(row, x.V);
+    return;
   }
-  if (threadIdx.x == 0) store_row<kStatistics>(n, x, scored, picked, found, temperature, logps, statistics);
+  const Target word = checked(target, x.V);
+  const float picked = transform.z(to_float(row[word.index])) + word.fault;
+  const Row found = reduce_row<kStatistics>(row, x.V, transform);
+  if (threadIdx.x == 0) store_row<kStatistics>(n, x, true, picked, found, temperature, logps, statistics);
+  write_gradient(row, row, x.V, word.index, 1 + word.fault, found.top, found.log_total, transform);
 }
 
 // The words that a block takes at a time.
