@@ -5,11 +5,21 @@ import math
 
 import pytest
 import torch
-from op_tools import FLOORS, HALF, assert_within_rule, double, fields, pairs, poison, truth  # noqa: F401 - poison is autouse
+from op_tools import (  # noqa: F401 - poison is autouse
+    FLOORS,
+    HALF,
+    assert_within_rule,
+    double,
+    fields,
+    pairs,
+    poison,
+    small_tiles,
+    truth,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast import dpo_loss, linear_dpo_loss
-from dpo_fast.backends.eager import TILE_BYTES
+from dpo_fast.backends import resolve
 from dpo_fast.loss_table import FUSED, LOSSES
 from dpo_fast.losses import LossOptions
 from dpo_fast.ops import head as head_ops
@@ -264,7 +274,7 @@ class Allocated(TorchDispatchMode):
 def test_a_shifted_slice_is_not_copied(monkeypatch):
     whole = torch.randn(4, 6, 64)
     targets = torch.randint(64, (4, 5))
-    monkeypatch.setitem(TILE_BYTES, "cpu", 2 * 64 * 4)
+    small_tiles(monkeypatch, 2 * 64 * 4)
     arguments = None, None, None, None, "sigmoid", "reverse_kl", [0.1, 0.0, 0.5, 0.05, 0.5, 1.0], -100, "torch", False
     with Allocated() as mode:
         rows, _ = logits_ops.flat_rows(whole[:, :-1], targets, -100)
@@ -318,6 +328,77 @@ def test_inplace_takes_the_rows_of_a_wider_memory(backend):
         torch.testing.assert_close(y, expected[key], rtol=1e-5, atol=1e-6, msg=key)
     assert torch.equal(wide[:, :V].detach(), ours["dleaf"])
     assert torch.equal(wide[:, V:], keep)
+
+
+@pytest.mark.parametrize("words", [V, 1])
+def test_inplace_takes_padded_rows_with_gaps(words, backend):
+    """`logits[..., :V]` of a wider tensor, whose gradient backward multiplies where it lies."""
+    wide = torch.randn(4, 3, 40)
+    keep = wide[..., words:].clone()
+    targets = torch.randint(words, (4, 3))
+    leaf = wide[..., :words].clone().requires_grad_()
+    expected = fields(dpo_loss(leaf, targets, backend=backend), -0.5, leaf=leaf)
+    x = wide[..., :words].requires_grad_()
+    ours = fields(dpo_loss(x, targets, backend=backend, inplace=True), -0.5, leaf=x)
+    for key, y in ours.items():
+        # Rows at other addresses may be summed in another order.
+        torch.testing.assert_close(y, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+    assert torch.equal(x.detach(), ours["dleaf"])
+    assert torch.equal(wide[..., words:], keep)
+
+
+@pytest.mark.parametrize("bad", [V, -1, -99, 2**40])
+def test_launchers_and_targets_outside_the_vocabulary(bad, backend):
+    """A GPU does not look at targets: such a row, and the pair that holds it, are NaN, and no other is touched."""
+    launch = resolve(backend, "cpu")
+    logits = torch.randn(7, V)
+    targets = torch.tensor([3, -100, bad, 5, 0, 1, 2])
+    cu = torch.tensor([0, 1, 3, 5, 7], dtype=torch.int32)
+    fine = targets.clone()
+    fine[2] = -100
+    transform = {"scale": 1.5, "softcap": 4.0, "temperature": 0.7, "outputs": ("entropy", "is_top1")}
+    plain = {**transform, "outputs": ()}
+    forward = [launch.logps_fwd(logits, t, **transform) for t in (targets, fine)]
+    residuals = [logits.clone(), logits.clone()]
+    residual = [launch.residual_(x, t, **transform) for x, t in zip(residuals, (targets, fine), strict=True)]
+    plain.pop("outputs")
+    grads = [
+        launch.logps_bwd(logits, t, lse, torch.ones(7), **plain, out=torch.empty_like(logits))
+        for t, (_, lse, _) in zip((targets, fine), forward, strict=True)
+    ]
+    others = torch.tensor([0, 1, 3, 4, 5, 6])
+    for mine, other in ((forward[0][0], forward[1][0]), (residual[0][0], residual[1][0]), residuals, grads):
+        assert mine[2].isnan().all()
+        assert torch.equal(mine[others], other[others])
+        assert (mine[1] == 0).all()
+    assert not forward[0][2]["is_top1"][2]
+    options = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "discopop_tau": 0.05, "simpo_gamma": 0.5}
+    losses, _, out = launch.dpo_fused(logits, targets, cu, None, 0.5, **options, out=torch.empty_like(logits))
+    assert losses.isnan().tolist() == [False, True]
+    assert out.isnan().any(1).tolist() == [False, False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_residual_ignores_rows(kept, backend):
+    """An ignored row is not read, even where it holds NaN; its log-prob, statistics and gradient are 0."""
+    launch = resolve(backend, "cpu")
+    logits = torch.randn(5, V)
+    targets = torch.tensor([3, 9, 9, 5, 0])
+    index = -100 if kept else 9
+    targets[targets == 9] = index
+    expected = logits.clone()
+    seen = torch.tensor([0, 3, 4])
+    rows = expected[seen]
+    logps, stats = launch.residual_(rows, targets[seen], outputs=("entropy", "is_top1"))
+    logits[1:3] = torch.nan
+    found, found_stats = launch.residual_(logits, targets, ignore_index=index, outputs=("entropy", "is_top1"))
+    assert torch.equal(found[seen], logps)
+    assert torch.equal(logits[seen], rows)
+    assert (found[1:3] == 0).all()
+    assert (logits[1:3] == 0).all()
+    for name, x in found_stats.items():
+        assert torch.equal(x[seen], stats[name])
+        assert (x[1:3] == 0).all()
 
 
 def test_inplace_is_noticed_by_whoever_saved_the_logits():
@@ -423,7 +504,7 @@ def check_head(batch, ref, *, workspace_bytes=None, backend=None, **options):
 
 
 def few_rows(monkeypatch, rows, v=V, itemsize=8):
-    monkeypatch.setitem(TILE_BYTES, "cpu", rows * v * itemsize)
+    small_tiles(monkeypatch, rows * v * itemsize)
 
 
 @pytest.mark.parametrize("needs", [("hidden",), NAMES])

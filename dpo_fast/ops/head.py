@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..backends.eager import wide_dtype
+from ..backends.eager import rows_within, wide_dtype
 from .arguments import check_bounds, check_targets
 from .pairs import PairBatch, unpack_loss
-from .tiles import GradientSums, OutputLayer, gradients, kept_rows, score
+from .tiles import GradientSums, OutputLayer, gradients, score, workspace_rows
 from .torch_library import library_op, split_names
 
 # ---- Log-probs ----
@@ -46,7 +46,7 @@ def linear_token_logps(
 
 def _kept(hidden: Tensor, weight: Tensor, keep: str, workspace_bytes: int) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
-    rows = kept_rows(n, weight, workspace_bytes) if keep == "residual" else 0
+    rows = rows_within(n, workspace_rows(weight, workspace_bytes)) if keep == "residual" else 0
     return hidden.new_empty(rows, weight.shape[0]), hidden.new_empty(n if keep == "dh" else 0, hidden.shape[1])
 
 
@@ -80,14 +80,15 @@ def linear_token_logps_backward(
     """Gradients of hidden, weight and bias where `needs` says so."""
     coef = grad[:, None]
     if len(dh):
-        return (dh * coef).to(hidden.dtype), hidden.new_empty(0), hidden.new_empty(0)
+        return torch.mul(dh, coef, out=torch.empty_like(dh)), hidden.new_empty(0), hidden.new_empty(0)
     layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
     several = residual.shape[0] < hidden.shape[0]
     # Not below 1: the sum without it must not be larger than with it.
     peak = coef.abs().amax().clamp(min=1.0) if hidden.dtype == torch.float16 and len(coef) else None
     sums = GradientSums(weight if needs[1] else None, bias if needs[2] else None, several, peak)
-    gradients(layer, hidden, targets.contiguous(), coef, residual, out if needs[0] else None, sums)
+    # The graph may be kept for another backward pass, and `residual` with it.
+    gradients(layer, hidden, targets.contiguous(), coef, residual, out if needs[0] else None, sums, spend=False)
     return out, *sums.results(hidden)
 
 
@@ -173,7 +174,7 @@ def linear_dpo_loss(
 
     dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     if any(needs[1:]):
-        groups = batch.groups(kept_rows(hidden.shape[0], weight, workspace_bytes))
+        groups = batch.groups(workspace_rows(weight, workspace_bytes))
         several = len(groups) > 1 or groups[0][2] < hidden.shape[0]
         sums = GradientSums(weight if needs[1] else None, bias if needs[2] else None, several)
         workspace = hidden.new_empty(max(kept for _, _, kept in groups), weight.shape[0])
@@ -222,7 +223,7 @@ def _group(
     token_logps, _ = score(layer, h, targets, (), residual)
     losses, logps, coef = batch.losses(token_logps, i, j)
     own = dh if whole or dh is None else torch.empty_like(h)
-    gradients(layer, h, targets, coef, residual, own, sums)
+    gradients(layer, h, targets, coef, residual, own, sums, spend=True)
     if own is not dh:
         start = 0
         for part in parts:

@@ -6,6 +6,7 @@ Nothing here waits for the device.
 import torch
 from torch import Tensor
 
+from ..backends.eager import rows_within, whole_steps
 from ..backends.sequences import scored_lengths, segment_ids, segment_sum
 from ..losses import LossOptions, loss_and_coefficients
 
@@ -58,16 +59,17 @@ class PairBatch:
         """
         n, count = len(self.safe), self.count
         if n <= limit or self.bounds is None:
-            return [(0, count, min(n, limit))]
+            return [(0, count, rows_within(n, limit))]
+        fits = whole_steps(limit) or limit
         b = self.bounds
         rows = [b[i + 1] - b[i] + b[count + i + 1] - b[count + i] for i in range(count)]
         found, start, total = [], 0, 0
         for i, size in enumerate(rows):
-            if i > start and total + size > limit:
-                found.append((start, i, min(total, limit)))
+            if i > start and total + size > fits:
+                found.append((start, i, rows_within(total, fits)))
                 start, total = i, 0
             total += size
-        return [*found, (start, count, min(total, limit))]
+        return [*found, (start, count, rows_within(total, fits))]
 
     def slices(self, i: int, j: int) -> list[slice]:
         """The rows of pairs [i, j)."""
