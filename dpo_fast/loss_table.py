@@ -118,7 +118,7 @@ def _discopop(x: Tensor, tau: float) -> Tensor:
     return -_s(-x / tau) * _ls(x) + torch.exp((_ls(x / tau) - x).clamp(max=MAX_EXPONENT))
 
 
-def _log_odds(avg: Tensor) -> Tensor:
+def log_odds(avg: Tensor) -> Tensor:
     """log(p / (1 - p)) of p = exp(avg); p is held below 1, where the odds (and an empty completion's) are infinite."""
     avg = avg.clamp(max=-torch.finfo(avg.dtype).eps)
     return avg - torch.log(-torch.expm1(avg))
@@ -186,7 +186,7 @@ LOSSES: dict[str, Loss] = {
     ),
     # ORPO, arXiv 2403.07691 eqs. 6 and 7 (beta is its lambda)
     "orpo": Loss(
-        lambda t: t.nll - t.beta * _ls(_log_odds(t.chosen_mean_logps) - _log_odds(t.rejected_mean_logps)),
+        lambda t: t.nll - t.beta * _ls(log_odds(t.chosen_mean_logps) - log_odds(t.rejected_mean_logps)),
         needs_reference=False,
         needs_lengths=BOTH_LENGTHS + MEAN_LENGTH,
         token_mean=True,
