@@ -1,13 +1,14 @@
 # Two commands do everything on a clean Linux machine with Python 3.11+ and a C++ compiler:
 #   make train    set up what is missing, then train the embedded default
 #   make test     set up what is missing, then run the tests
+#   make peers    add the trainers of other people that the tests compare with
 # The README shows the same steps one by one.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup train test lint clean
+.PHONY: setup peers train test lint clean
 
 setup: $(VENV)/.installed
 
@@ -20,11 +21,14 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* 
 	$(BIN)/python -m dpo_fast.info
 	touch $@
 
+peers: setup
+	$(BIN)/python -m pip install -q -c constraints.txt trl liger-kernel
+
 train: setup
 	$(BIN)/python -m dpo_fast.train
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,6 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
+HEAD_ADAPTER = (
+    "adapters on the head are not supported, since its log-probs are read off its weight: leave lm_head out of the target "
+    "modules and modules_to_save"
+)
+
 
 class HiddenStateModel(Protocol):
     """What dpo_fast needs of a module that is not from transformers.
@@ -78,17 +83,10 @@ def plan_model(model: torch.nn.Module) -> Plan:
 
 
 def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head of the bare model. Raises ValueError for one that is more than a weight and a bias, as PEFT makes it."""
+    """The head of the bare model. Raises ValueError for one that carries an adapter, which reading its weight would lose."""
     head = model.get_output_embeddings()
-    adapted = head is not None and any(
-        hasattr(module, "base_layer") or "lora_" in name or "modules_to_save" in name
-        for name, module in head.named_modules()
-    )
-    if adapted or (head is not None and not isinstance(getattr(head, "weight", None), torch.nn.Parameter)):
-        raise ValueError(
-            f"adapters on the head ({type(head).__name__}) are not supported, since its log-probs are read off its weight: "
-            "leave lm_head out of the target modules and modules_to_save"
-        )
+    if hasattr(head, "base_layer"):
+        raise ValueError(HEAD_ADAPTER)
     return head
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.pairs import PairDataset, prepare
-from ..forest.gate import Plan, base_model, has_aux_loss, output_layer, plan_model
+from ..forest.gate import HEAD_ADAPTER, Plan, base_model, has_aux_loss, output_layer, plan_model
 from ..forest.model import prepare_model, restore_model
 from ..losses import LossOptions
 from .config import DPOConfig
@@ -164,7 +164,9 @@ def add_adapters(model, peft_config):
         if hasattr(model, "disable_adapter"):
             raise ValueError("the model already has adapters: merge them first, or leave peft_config out")
         model = get_peft_model(model, peft_config)
-        output_layer(base_model(model))
+        head = output_layer(base_model(model))
+        if any("modules_to_save" in name for name, _ in head.named_modules()):
+            raise ValueError(HEAD_ADAPTER)
     return model
 
 
