@@ -7,36 +7,12 @@ import torch
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="pip install trl==1.16.0")
 
-import datasets  # noqa: E402
 import tiny  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 from trl.trainer import utils  # noqa: E402
+from trl_runs import compare, options, rows, run, tokenizer  # noqa: E402
 
 from dpo_fast.integrations import trl as ours  # noqa: E402
-
-STEPS = 20
-IGNORED = {"epoch", "step", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
-
-
-def tokenizer():
-    """A word per token, all of one width, so that the ids of a text are known."""
-    words = Tokenizer(models.WordLevel({f"t{i:02}": i for i in range(tiny.VOCABULARY)}, unk_token="t00"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t00", eos_token="t02", unk_token="t00")
-
-
-def rows(count=24):
-    def text(ids):
-        return " ".join(f"t{i:02}" for i in ids)
-
-    return datasets.Dataset.from_list(
-        [
-            {"prompt": text(r["prompt_ids"]), "chosen": " " + text(r["chosen_ids"]), "rejected": " " + text(r["rejected_ids"])}
-            for r in tiny.pairs(count)
-        ]
-    )
 
 
 def gemma2():
@@ -48,15 +24,6 @@ def gemma2():
         bos_token_id=1, eos_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     return Gemma2ForCausalLM(config)
-
-
-def options(folder, **changes):
-    fixed = {
-        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False, "max_steps": STEPS,
-        "logging_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "save_strategy": "no",
-        "disable_tqdm": True, "seed": 3, "gradient_checkpointing": False,
-    }  # fmt: skip
-    return trl.DPOConfig(**fixed | changes)
 
 
 CASES = {
@@ -71,26 +38,6 @@ CASES = {
     "soft-capped": {"model": gemma2},
     "LoRA": {"peft": True, "learning_rate": 1e-2},
 }
-
-
-def run(folder, trainer_class, model=None, peft=False, **changes):
-    torch.manual_seed(0)
-    net = model() if model else tiny.llama(dtype=torch.float32)
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
-    trainer = trainer_class(
-        net, args=options(folder, **changes), train_dataset=rows(), processing_class=tokenizer(), peft_config=lora
-    )
-    trainer.train()
-    trained = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
-    return trainer.state.log_history, trained
-
-
-def compare(mine, theirs, tolerance):
-    for a, b in zip(mine[0], theirs[0], strict=True):
-        for name in set(b) - IGNORED:
-            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
-    size = theirs[1].abs().max().item()
-    torch.testing.assert_close(mine[1], theirs[1], rtol=0, atol=tolerance * size)
 
 
 @pytest.fixture
@@ -111,7 +58,10 @@ def test_patched_trl_trains_as_trl(tmp_path, case):
         undo()
     # AdamW divides by the gradient's own size, so that a rounding of a tiny gradient becomes a step of its own.
     compare(mine, theirs, 1e-4)
-    assert [log for log in theirs[0] if "loss" in log][0]["loss"] != [log for log in theirs[0] if "loss" in log][-1]["loss"]
+    losses = [log["loss"] for log in theirs[0] if "loss" in log]
+    assert losses[0] != losses[-1]
+        "loss"
+    ]
 
 
 def test_the_patch_is_used_and_undone(tmp_path, patched):
