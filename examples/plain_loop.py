@@ -23,4 +23,6 @@ for step in range(10):
     out.loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}  loss {out.loss.item():.4f}  margin {(out.chosen_rewards - out.rejected_rewards).mean().item():.3f}")
+    print(
+        f"step {step}  loss {out.loss.item():.4f}  margin {(out.chosen_rewards - out.rejected_rewards).mean().item():.3f}"
+    )

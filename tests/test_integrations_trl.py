@@ -60,8 +60,6 @@ def test_patched_trl_trains_as_trl(tmp_path, case):
     compare(mine, theirs, 1e-4)
     losses = [log["loss"] for log in theirs[0] if "loss" in log]
     assert losses[0] != losses[-1]
-        "loss"
-    ]
 
 
 def test_the_patch_is_used_and_undone(tmp_path, patched):

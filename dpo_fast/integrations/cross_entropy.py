@@ -34,12 +34,12 @@ def linear_cross_entropy(
 
     Returns float32 or wider. Raises ValueError for shapes that do not fit and an unknown reduction.
     """
-    require(reduction in ("mean", "sum", "none"), f"reduction is {reduction!r}: give 'mean', 'sum' or 'none'")
+    require(reduction in ("mean", "sum", "none"), lambda: f"reduction is {reduction!r}: give 'mean', 'sum' or 'none'")
     known = filter_eps in _FILTERS or isinstance(filter_eps, float)
-    require(known, f"filter_eps is {filter_eps!r}: give a number, 'high', 'auto' or None")
+    require(known, lambda: f"filter_eps is {filter_eps!r}: give a number, 'high', 'auto' or None")
     if shift:
         e, targets = e[..., : -int(shift), :], targets[..., int(shift) :]
-    require(e.shape[:-1] == targets.shape, f"targets must be {list(e.shape[:-1])}, got {list(targets.shape)}")
+    require(e.shape[:-1] == targets.shape, lambda: f"targets must be {list(e.shape[:-1])}, got {list(targets.shape)}")
     rows, flat = e.reshape(-1, e.shape[-1]), targets.reshape(-1)
     nll = -linear_token_logps(rows, c, flat, bias=bias, softcap=softcap, ignore_index=ignore_index)
     if reduction == "none":

@@ -38,8 +38,10 @@ class _Preference(nn.Module):
     def _run(self, weight, hidden, target, bias=None, reference=(None, None, None), nll_target=None):
         require(
             hidden.ndim == 3 and target.shape == hidden.shape[:2] and len(target) % 2 == 0,
-            f"_input must be [2B, T, D] and target [2B, T], the B chosen first, got {list(hidden.shape)} and "
-            f"{list(target.shape)}",
+            lambda: (
+                f"_input must be [2B, T, D] and target [2B, T], the B chosen first, got {list(hidden.shape)} and "
+                f"{list(target.shape)}"
+            ),
         )
         options = {"average": self.average_log_prob, "ignore_index": self.ignore_index}
         logps = linear_sequence_logps(hidden, weight, target, bias=bias, **options)
@@ -48,7 +50,7 @@ class _Preference(nn.Module):
         if self.use_ref_model:
             ref_hidden, ref_weight, ref_bias = reference
             given = ref_hidden is not None and ref_weight is not None
-            require(given, "use_ref_model=True needs ref_input and ref_weight")
+            require(given, lambda: "use_ref_model=True needs ref_input and ref_weight")
             with torch.no_grad():
                 references = linear_sequence_logps(ref_hidden, ref_weight, target, bias=ref_bias, **options).chunk(2)
         loss, *others = self._preference(chosen, rejected, references)
@@ -104,7 +106,7 @@ class LigerFusedLinearDPOLoss(_Preference):
         super().__init__()
         require(
             loss_type in self._SUPPORTED_LOSS_TYPES,
-            f"Unsupported loss_type: {loss_type}. Supported types are: {sorted(self._SUPPORTED_LOSS_TYPES)}",
+            lambda: f"Unsupported loss_type: {loss_type}. Supported types are: {sorted(self._SUPPORTED_LOSS_TYPES)}",
         )
         self.ignore_index, self.beta, self.alpha, self.compute_nll_loss = ignore_index, beta, alpha, compute_nll_loss
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
