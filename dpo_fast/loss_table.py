@@ -32,7 +32,7 @@ class Terms:
     rejected_lengths: Tensor | None
     mean_chosen_length: Tensor | float | None  # scalar
     beta: float
-    label_smoothing: float
+    label_smoothing: float | Tensor  # a tensor: one number per pair
     discopop_tau: float
     simpo_gamma: float
 
@@ -95,7 +95,7 @@ MEAN_LENGTH = ("mean_chosen_length",)
 _UNIT = "[0, 1]"
 
 
-def _smooth(x: Tensor, e: float) -> Tensor:
+def _smooth(x: Tensor, e: float | Tensor) -> Tensor:
     """Cross-entropy of the margin x against the label 1 - e."""
     return -(1 - e) * _ls(x) - e * _ls(-x)
 
@@ -104,13 +104,14 @@ def _nca(x: Tensor, y: Tensor) -> Tensor:
     return -_ls(x) - 0.5 * _ls(-x) - 0.5 * _ls(-y)
 
 
-def _robust(x: Tensor, e: float) -> Tensor:
+def _robust(x: Tensor, e: float | Tensor) -> Tensor:
     return (-(1 - e) * _ls(x) + e * _ls(-x)) / (1 - 2 * e)
 
 
-def _exo(x: Tensor, e: float) -> Tensor:
+def _exo(x: Tensor, e: float | Tensor) -> Tensor:
     """KL divergence of (s(x), s(-x)) from the smoothed label (1 - e, e)."""
-    return _s(x) * (_ls(x) - math.log1p(-e)) + _s(-x) * (_ls(-x) - math.log(e))
+    e = e if isinstance(e, Tensor) else torch.full((), e, dtype=torch.float64)
+    return _s(x) * (_ls(x) - torch.log1p(-e)) + _s(-x) * (_ls(-x) - torch.log(e))
 
 
 def _discopop(x: Tensor, tau: float) -> Tensor:
