@@ -18,13 +18,13 @@ if not OLD:
 import trl
 from trl_runs import compare, run
 
+from dpo_fast.integrations import liger
 from dpo_fast.integrations.trl import patch_trl, selective_log_softmax
 
 CASES = {
     "sigmoid": {},
     "ipo": {"loss_type": ["ipo"]},
     "LoRA": {"peft": True, "learning_rate": 1e-2},
-    "liger": {"use_liger_kernel": True},
 }
 
 
@@ -39,6 +39,15 @@ def test_patched_trl_trains_as_trl(tmp_path, case):
         undo()
     assert trl.trainer.dpo_trainer.selective_log_softmax is not selective_log_softmax
     compare(mine, theirs, 1e-4)
+
+
+def test_liger_s_loss_is_ours_too():
+    """The trainer with use_liger_kernel needs a GPU for Liger's other kernels; its loss is compared in another file."""
+    pytest.importorskip("liger_kernel", reason="pip install liger-kernel")
+    undo = patch_trl()
+    assert trl.trainer.dpo_trainer.LigerFusedLinearDPOLoss is liger.LigerFusedLinearDPOLoss
+    undo()
+    assert trl.trainer.dpo_trainer.LigerFusedLinearDPOLoss is not liger.LigerFusedLinearDPOLoss
 
 
 def test_what_comes_back_may_be_written_into():

@@ -13,7 +13,6 @@ from .logits import sequence_sums
 from .pairs import pack_loss
 from .torch_library import with_gradients
 
-
 _OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions))
 
 
