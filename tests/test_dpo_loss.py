@@ -275,7 +275,8 @@ def test_a_shifted_slice_is_not_copied(monkeypatch):
     whole = torch.randn(4, 6, 64)
     targets = torch.randint(64, (4, 5))
     small_tiles(monkeypatch, 2 * 64 * 4)
-    arguments = None, None, None, None, "sigmoid", "reverse_kl", [0.1, 0.0, 0.5, 0.05, 0.5, 1.0], -100, "torch", False
+    loss = "sigmoid", "reverse_kl,tokens", [0.1, 0.0, 0.5, 0.05, 0.5, 0.0, 1.0], None, -100
+    arguments = None, None, None, None, None, 1.0, None, 1.0, *loss, "torch", False
     with Allocated() as mode:
         rows, _ = logits_ops.flat_rows(whole[:, :-1], targets, -100)
         assert rows.data_ptr() == whole.data_ptr()
@@ -435,12 +436,58 @@ def test_without_gradients_nothing_is_overwritten(backend):
                 torch.testing.assert_close(y, expected[k], rtol=1e-6, atol=1e-6)
 
 
-def test_only_the_loss_carries_a_gradient():
-    for dtype in (torch.float32, torch.float16):
-        x, targets, _ = pairs(LENGTHS, V, dtype=dtype)
-        out = dpo_loss(x.requires_grad_(), targets)
-        carries = [name for name in out.__dataclass_fields__ if getattr(out, name).requires_grad]
-        assert carries == ["loss"]
+def fused(op, inputs):
+    """An op of the one pass on logits, or on hidden states with a frozen or a trained head."""
+    if op == "dpo_loss":
+        return dpo_loss(inputs["logits"], inputs["targets"])
+    weight = inputs["weight"] if op == "trained" else inputs["weight"].detach()
+    return linear_dpo_loss(inputs["hidden"], weight, inputs["targets"])
+
+
+def fused_inputs():
+    logits, targets, _ = pairs(LENGTHS, V, dtype=torch.float32)
+    hidden = torch.randn(*targets.shape, D, generator=torch.Generator().manual_seed(1))
+    leaves = {"logits": logits, "hidden": hidden, "weight": torch.randn(V, D)}
+    return {name: x.requires_grad_() for name, x in leaves.items()} | {"targets": targets}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["losses", "chosen_logps", "rejected_logps"])
+@pytest.mark.parametrize("op", ["dpo_loss", "frozen", "trained"])
+def test_a_gradient_that_the_one_pass_does_not_have_is_an_error(op, name, compiled):
+    torch._dynamo.reset()
+    function = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
+    out = function(op, fused_inputs())
+    out.loss.backward()
+    out = function(op, fused_inputs())
+    assert not out.chosen_rewards.requires_grad
+    assert not out.rejected_rewards.requires_grad
+    with pytest.raises(RuntimeError, match=r"only `loss` .* carries a gradient.*sft_weight.*linear_sequence_logps"):
+        (out.loss - 0.1 * getattr(out, name).mean()).backward()
+
+
+@pytest.mark.parametrize("op", ["dpo_loss", "frozen", "trained"])
+def test_a_second_derivative_is_refused(op):
+    """Also where another term has one: what of it comes from the op would be missing in silence."""
+    inputs = fused_inputs()
+    leaf = inputs["logits" if op == "dpo_loss" else "hidden"]
+    (g,) = torch.autograd.grad(fused(op, inputs).loss + leaf.pow(3).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        g.square().sum().backward()
+
+
+def test_by_way_of_autograd_all_but_the_rewards_carry_a_gradient():
+    x, targets, _ = pairs(LENGTHS, V, dtype=torch.float16)
+    out = dpo_loss(x.requires_grad_(), targets)
+    assert [name for name in out.__dataclass_fields__ if not getattr(out, name).requires_grad] == [
+        "chosen_rewards",
+        "rejected_rewards",
+    ]
+    (ours,) = torch.autograd.grad(out.loss - 0.1 * out.chosen_logps.mean(), x)
+    wide = x.detach().double().requires_grad_()
+    expected = truth(wide, targets)
+    (theirs,) = torch.autograd.grad(expected.loss - 0.1 * expected.chosen_logps.mean(), wide)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=1e-5)
 
 
 def test_backward_runs_once():
@@ -619,9 +666,9 @@ def test_head_under_no_grad():
 
 
 def head_arguments(leaves, targets, cu, needs, workspace_bytes, name="sigmoid"):
-    numbers = [0.1, 0.0, 0.5, 0.05, 0.5, 1.0]
-    tensors = leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), cu, None, None, None
-    return *tensors, 1.0, None, name, "reverse_kl", numbers, -100, needs, workspace_bytes, "torch", False
+    loss = name, "reverse_kl,tokens", [0.1, 0.0, 0.5, 0.05, 0.5, 0.0, 1.0], None, -100
+    tensors = leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), cu, None, None, None, None
+    return *tensors, 1.0, None, 1.0, *loss, "", needs, workspace_bytes, "torch", False
 
 
 @pytest.mark.parametrize(

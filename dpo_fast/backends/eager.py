@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..losses import LossOptions, loss_and_coefficients
-from .sequences import scored_lengths, segment_ids, segment_sum
+from .sequences import past_shorter_weights, scored_lengths, segment_ids, segment_sum
 
 # Per-row statistics beside the log-probs; none carries a gradient.
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -188,19 +188,29 @@ def dpo_two_launches(
     *,
     options: LossOptions,
     pair_weights: Tensor | None = None,  # [B]
+    label_smoothing: Tensor | None = None,  # [B]; None: the number in `options`
     mean_chosen_length: Tensor | None = None,
+    ld_alpha: float | None = None,
     ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every loss: the loss, losses [B] and summed log-probs [2B]; `out = grad_scale * B * d loss / d logits`."""
+    """Every loss: the loss, losses [B] and log-probs [2B]; `out = grad_scale * B * d loss / d logits`."""
     forward, backward = launch
-    transform = {"ignore_index": ignore_index, "scale": 1.0, "softcap": None, "temperature": 1.0}
-    token_logps, lse, _ = forward(logits, targets, outputs=(), **transform)
-    logps = segment_sum(token_logps, cu_rows)
+    common = {"ignore_index": ignore_index, "scale": scale, "softcap": softcap, "temperature": temperature}
+    token_logps, lse, _ = forward(logits, targets, outputs=(), **common)
+    weights = None
+    if ld_alpha is not None:
+        weights = past_shorter_weights(targets != ignore_index, cu_rows, ld_alpha).to(token_logps.dtype)
+        token_logps = token_logps * weights
     lengths = scored_lengths(targets, ignore_index, cu_rows)
-    loss, losses, coef = loss_and_coefficients(options, logps, lengths, ref_logps, pair_weights, mean_chosen_length)
+    per_pair = pair_weights, label_smoothing, mean_chosen_length
+    summed = segment_sum(token_logps, cu_rows)
+    loss, losses, coef, logps = loss_and_coefficients(options, summed, lengths, ref_logps, *per_pair)
     coef = (coef * (grad_scale * (len(logps) // 2)))[segment_ids(cu_rows, len(targets))]
-    backward(logits, targets, lse, coef, out=out, **transform)
+    backward(logits, targets, lse, coef if weights is None else coef * weights, out=out, **common)
     return loss, losses, logps
 
 

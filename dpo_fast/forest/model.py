@@ -116,6 +116,7 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
             head.weight,
             forest.targets,
             bias=getattr(head, "bias", None),
+            ignore_index=None,
             logit_scale=plan.logits.logit_scale,
             softcap=plan.logits.softcap,
             outputs=tuple(outputs),
