@@ -122,7 +122,8 @@ def run(argv: list[str]) -> int:
 
     from .cli.parse import parse
     from .data.pairs import prepare
-    from .training.run_setup import load_tokenizer, plan_run
+    from .training.load import load_tokenizer
+    from .training.run_setup import plan_run
 
     script, args, model_args = parse(argv, config)
     say = print if args.process_index == 0 else _say_nothing
@@ -138,15 +139,10 @@ def run(argv: list[str]) -> int:
     args.model_init_kwargs = {**initial, **(args.model_init_kwargs or {})}
     tokenizer = load_tokenizer(name, args)
     if tokenizer is None:
-        raise ValueError(f"{name} holds no tokenizer, or there is no such model folder or hub name")
+        raise ValueError(f"{name} holds no tokenizer (tokenizer.json and tokenizer_config.json)")
     if model_args.chat_template_path:
         tokenizer.chat_template = Path(model_args.chat_template_path).read_text()
     run = None if script.inspect_data else plan_run(name, args, peft_config=model_args.peft_config())
-    if run and model_args.attn_implementation and run.path.path == "shared":
-        raise ValueError(
-            f"attn_implementation={model_args.attn_implementation} has no effect: dpo_fast brings its own attention, "
-            "which shares prompts, for models of this kind. Leave it out"
-        )
     pairs = _load_pairs(script, args, say)
     if model_args.chat_template_path and all(isinstance(r["chosen"], str) for p in pairs.values() for r in p.rows):
         raise ValueError("chat_template_path has no effect: the data is text, not messages")

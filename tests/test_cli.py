@@ -82,7 +82,7 @@ def failure(argv, capsys) -> str:
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    def load_model(*_):
+    def load_model(*_, **__):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(setup_run, "load_model", load_model)
@@ -101,12 +101,11 @@ def no_loading(monkeypatch):
         (["--model_name_or_path", "./no"], "no such model folder: ./no"),
         (["--chat_template_path", "no.jinja"], "no such file: no.jinja"),
         (["--model_revision", "v2"], "model_revision has no effect"),
-        (["--attn_implementation", "sdpa"], "attn_implementation=sdpa has no effect"),
         (["--resume_from_checkpoint", "True"], "no whole checkpoint"),
         (["--resume_from_checkpoint", "no"], "no has no complete.json"),
         (["--ranking_pairs", "best_worst"], "ranking_pairs=best_worst has no effect"),
         (["--use_peft", "--lora_target_modules", "nope"], "nope"),
-        (["--use_peft", "--lora_target_modules", "lm_head", "q_proj"], "leave lm_head out"),
+        (["--use_peft", "--lora_target_modules", "lm_head", "--use_dora"], "leave lm_head out"),
         (["--use_peft", "--sync_ref_model"], "sync_ref_model"),
         (["--report_to", "nothing_known"], "nothing_known"),
         (["--max_length", "3"], "no pair is left of 10 rows"),
@@ -182,7 +181,7 @@ def test_a_missing_extra_says_what_to_install(arguments, monkeypatch, capsys):
 
 
 def test_a_full_device_says_what_to_lower(arguments, monkeypatch, capsys):
-    def load_model(*_):
+    def load_model(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate 9 GiB")
 
     monkeypatch.setattr(setup_run, "load_model", load_model)

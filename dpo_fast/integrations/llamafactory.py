@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..forest.gate import base_model, output_layer, read_logit_transform
+from ..forest.head import head_weights
 from ..forest.paths import sum_logps
 from ..losses import preference_loss
 from ..ops import linear_token_logps, token_logps
@@ -47,23 +48,23 @@ def _summed(tokens: Tensor, scored: Tensor, ld_alpha: float | None) -> tuple[Ten
 def concatenated_forward(self, model, batch: dict[str, Tensor], is_ref_model: bool = False) -> dict[str, Tensor]:
     """In the place of CustomDPOTrainer's: the same names; `*_logits` are one number each, the exact mean over all of them.
 
-    Raises ValueError for soft-capped logits, adapters on the head and sharded weights (undo the patch for these).
+    Raises ValueError for soft-capped logits and sharded weights (undo the patch for these).
     """
     bare = base_model(self.accelerator.unwrap_model(model))
     head, transform = output_layer(bare), read_logit_transform(bare.config)
+    weight, bias = head_weights(head)
     if transform.softcap is not None:
         raise ValueError("patch_llamafactory does not know soft-capped logits: undo it for this model")
-    if hasattr(head.weight, "ds_id") or hasattr(head.weight, "full_tensor"):
+    if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
         raise ValueError("patch_llamafactory does not work with sharded weights: undo it")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     # One position of logits is the least that a model makes; the last hidden state is what its head would read.
     out = model(**inputs, return_dict=True, use_cache=False, output_hidden_states=True, logits_to_keep=1)
     hidden, labels = out.hidden_states[-1], batch["labels"]
-    bias = getattr(head, "bias", None)
-    _check_last_position(out.logits[:, -1], hidden[:, -1], head.weight, bias, transform.logit_scale)
+    _check_last_position(out.logits[:, -1], hidden[:, -1], weight, bias, transform.logit_scale)
     targets = labels[:, 1:]
     tokens = linear_token_logps(
-        hidden[:, :-1], head.weight, targets, bias=bias, logit_scale=transform.logit_scale, ignore_index=-100
+        hidden[:, :-1], weight, targets, bias=bias, logit_scale=transform.logit_scale, ignore_index=-100
     )
     logps, lengths = _summed(tokens, targets != -100, None if is_ref_model else self.ld_alpha)
     averaged = logps / lengths.clamp(min=1)
@@ -71,7 +72,7 @@ def concatenated_forward(self, model, batch: dict[str, Tensor], is_ref_model: bo
         logps = averaged
     chosen, rejected = logps.chunk(2)
     with torch.no_grad():
-        word, shift = head.weight.float().mean(0), 0.0 if bias is None else bias.float().mean()
+        word, shift = weight.float().mean(0), 0.0 if bias is None else bias.float().mean()
         means = [transform.logit_scale * (h.float().mean((0, 1)) @ word + shift) for h in hidden.chunk(2)]
     return {
         "chosen_logps": chosen,

@@ -23,7 +23,7 @@ from .config import DPOConfig
 from .optim import MasterWeights
 from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, as_reference, precompute
 from .run_setup import RunPlan, plan_run, set_up
-from .start_checks import check_start, verify_sharing
+from .start_checks import check_start, verify_start
 from .throughput import Throughput
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -314,8 +314,9 @@ class DPOTrainer(Trainer):
 
     def _verify(self) -> None:
         """Before accelerate wraps the model (training and evaluation do), so that the weights' own precision is used."""
-        if self.args.verify and not self._verified and self.setup.plan.path != "padded" and self.train_dataset:
-            verify_sharing(self.model, self.setup.plan, self.train_dataset[0], self.share)
+        if self.args.verify and not self._verified and self.train_dataset:
+            off = self.args.disable_dropout
+            verify_start(self.model, self.setup.plan, self.train_dataset, self.share, deterministic=off)
         self._verified = True
 
     def create_optimizer(self, model=None):
