@@ -17,6 +17,7 @@ import torch
 
 from .data.sources import Pairs, load_pairs, locate, split_pairs
 from .training import checkpoint
+from .training.run_lock import hold
 
 # What the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             shown = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
             print(f"dpo_fast: error{where}: {shown}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt as stopped:
+            print(f"dpo_fast: {stopped or 'interrupted before training: no checkpoint was written'}", file=sys.stderr)
+            return 130
 
 
 def _package(error: ModuleNotFoundError) -> str:
@@ -131,7 +135,9 @@ def run(argv: list[str]) -> int:
         transformers_logging.disable_progress_bar()
     name = model_args.model_name_or_path
     _check_files(script, args, model_args)
-    resume = _resume(args)
+    if not script.inspect_data and args.process_index == 0:
+        hold(args.output_dir)
+    args.resume_from_checkpoint = resume = _resume(args)
     initial = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     if model_args.attn_implementation:
         initial["attn_implementation"] = model_args.attn_implementation
@@ -258,7 +264,9 @@ def _summary(before: dict | None, after: dict | None, speed: dict, steps: int) -
         parts.append(f"margin {before[margin]:.3f} -> {after[margin]:.3f}")
     parts.append(f"step {steps} reached in {speed['seconds']:.1f} s")
     parts.append(f"{speed['pairs_per_second']:.1f} pairs/s")
-    parts.append(f"{speed['tokens_saved']:.1%} of tokens saved")
+    parts.append(
+        f"{speed['tokens_saved']:.1%} of packed tokens saved ({speed['tokens_saved_of_padded']:.1%} of padded)"
+    )
     return ", ".join(parts)
 
 

@@ -270,7 +270,7 @@ def test_a_run_of_three_steps(arguments, tmp_path):
     assert f"saved the model and its tokenizer to {tmp_path / 'out'}" in lines
     assert "held out: 3 pairs, 7 are left to train on" in lines
     assert lines[-1].startswith("held-out reward accuracy 100.0%, margin 0.000 -> "), lines[-1]
-    for part in ("margin 0.000 -> ", "step 3 reached in ", " pairs/s", " of tokens saved"):
+    for part in ("margin 0.000 -> ", "step 3 reached in ", " pairs/s", " of packed tokens saved"):
         assert part in lines[-1]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before = transformers.AutoModelForCausalLM.from_pretrained(arguments[1])
