@@ -16,11 +16,12 @@ from safetensors.torch import load_model, save_model
 from transformers import Trainer
 
 from . import checkpoint
+from .disk import room_for
 from .fingerprint import OPTIMIZER, compare, fingerprint
 from .model_card import TAGS, model_card
 from .optim import MasterWeights
 from .run_lock import hold
-from .saving import model_bytes, optimizer_bytes, quiet_unless_terminal, replacing, room_for, write_arguments
+from .saving import model_bytes, optimizer_bytes, quiet_unless_terminal, replacing, write_arguments
 from .screen import use_lines
 from .stopping import TERMINATED, FiniteWatch, SkipNonFinite, Termination, weights_are_finite
 from .throughput import Throughput

@@ -1,8 +1,6 @@
-"""Files on disk: whole or as they were. Room is checked before, new files replace old ones only once all are written."""
+"""A model on disk is whole or as it was: new files take the place of the old ones only once all of them are written."""
 
 import contextlib
-import errno
-import logging
 import os
 import re
 import shutil
@@ -12,10 +10,6 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-logger = logging.getLogger(__name__)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What torch and safetensors say where a write failed; their errors have no number.
-_FULL_WORDS = ("No space left", "Disk quota", "file write failed", "failed writing file", "unexpected pos")
 _WEIGHTS = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _PENDING = ".saving"
 
@@ -33,38 +27,6 @@ def optimizer_bytes(optimizer) -> int:
     masters = getattr(inner, "_masters", {}).values()
     states = [t for state in inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in [*states, *masters])
-
-
-@contextlib.contextmanager
-def room_for(folder: str | os.PathLike, needed: int, what: str, kept: str):
-    """Raise OSError, before and instead of what failed inside, where `folder`'s disk has not the `needed` bytes.
-
-    what: of what, such as "checkpoint-4"; kept: what is still there, for the message.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < needed:
-        raise OSError(_full(folder, needed, what, kept))
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
-            raise OSError(_full(folder, needed, what, kept)) from error
-        raise
-
-
-def _full(folder: Path, needed: int, what: str, kept: str) -> str:
-    free = shutil.disk_usage(folder).free
-    return f"the disk is full: {what} needs about {size(needed)} and {folder} has {size(free)} left. {kept}"
-
-
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 @contextlib.contextmanager
