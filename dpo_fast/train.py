@@ -158,7 +158,7 @@ def run(argv: list[str]) -> int:
         raise ValueError("chat_template_path has no effect: the data is text, not messages")
     if script.inspect_data:
         for part, loaded in pairs.items():
-            say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args)}")
+            say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args, part)}")
         return 0
     data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
     _train(run, script, args, tokenizer, data, resume, say)
@@ -216,14 +216,16 @@ def _load_pairs(script, args, say) -> dict[str, Pairs]:
     return pairs
 
 
-def _inspect(pairs: Pairs, tokenizer, args) -> str:
+def _inspect(pairs: Pairs, tokenizer, args, part: str) -> str:
     from .data.report import report
     from .data.tokenization import tokenize_pairs
+    from .training.batches import evaluation_batches, training_batches
 
     tokenized = tokenize_pairs(
         pairs.rows, tokenizer, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows, log=_say_nothing
     )
-    return report(pairs, tokenized, tokenizer, batch_size=args.per_device_train_batch_size)
+    batches = training_batches if part == "train" else evaluation_batches
+    return report(pairs, tokenized, tokenizer, batches(tokenized.examples, args))
 
 
 def _train(plan, script, args, tokenizer, data, resume, say) -> None:
@@ -241,7 +243,7 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     after = _final_metrics(trainer) if "eval" in data else None
     if trainer.is_fsdp_enabled:  # accelerate's default for FSDP2 would leave the weights in shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(args.output_dir)
+    trainer.save_model(args.output_dir)  # and uploads it with push_to_hub
     say(f"saved the model and its tokenizer to {args.output_dir}")
     say(_summary(before, after, speed, trainer.state.global_step))
     trainer.accelerator.end_training()

@@ -220,7 +220,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 "precompute_ref_batch_size and ref_cache_dir have no effect with precompute_ref_log_probs=False"
             )
-        if LossOptions.of(self).reference_free:
+        if not LossOptions.of(self).has_reference:
             for name in ("precompute_ref_log_probs", "sync_ref_model", "precompute_ref_batch_size", "ref_cache_dir"):
                 if getattr(self, name):
                     raise ValueError(f"{name} has no effect: loss_type {self.loss_type} takes no reference")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What torch and safetensors say where a write failed; their errors have no number.
-_FULL_WORDS = ("No space left", "Disk quota", "file write failed", "failed writing file", "unexpected pos")
+_FULL_WORDS = ("No space left", "Disk quota", "file write failed", "failed writing file", "iostream error")
 
 
 def is_full(error: Exception) -> bool:

@@ -25,6 +25,7 @@ from .saving import model_bytes, optimizer_bytes, quiet_unless_terminal, replaci
 from .screen import use_lines
 from .stopping import TERMINATED, FiniteWatch, SkipNonFinite, Termination, weights_are_finite
 from .throughput import Throughput
+from .trackers import write_below
 
 logger = logging.getLogger(__name__)
 HALF = (torch.bfloat16, torch.float16)
@@ -45,6 +46,7 @@ class RunLife(Trainer):
         if self.args.on_nan == "skip":
             self.add_callback(SkipNonFinite(self.watch))
         use_lines(self)
+        write_below(self)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
         self._fingerprint: dict | None = None  # of the start, taken before the first step
@@ -142,7 +144,7 @@ class RunLife(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """transformers' batches of a step; none where a resumed run has reached its last step already."""
-        if self.state.global_step >= self.state.max_steps:
+        if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)

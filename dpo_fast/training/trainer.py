@@ -371,7 +371,10 @@ class DPOTrainer(RunLife):
         training = "loss" in logs
         if training and self._sums is not None:
             sums = self.accelerator.reduce(self._sums) if self.accelerator.num_processes > 1 else self._sums
-            logs.update(self._name(metrics.means(sums)))
+            if sums[metrics.COLUMNS.index("pairs")] > 0:
+                logs.update(self._name(metrics.means(sums)))
+            else:
+                del logs["loss"]  # every pair was left out (on_nan="skip")
             self._sums = None
             self._count_tokens()
             logs["num_tokens"] = self.state.num_input_tokens_seen

@@ -65,7 +65,7 @@ def check_evaluation(args) -> None:
     name = metric.removeprefix("eval_")
     # Of several evaluation sets, each metric carries its set's name in front.
     if not any(name == known or name.endswith(f"_{known}") for known in _EVALUATED):
-        near = [known for known in _EVALUATED if name in known or known in name]
+        near = [known for known in _EVALUATED if name[:7] in known]  # accuracy, accuracies
         raise ValueError(
             f"metric_for_best_model is {metric!r}, which no evaluation reports: give "
             + (f"{near[0]}" if len(near) == 1 else f"one of {', '.join(near or _EVALUATED)}")
