@@ -242,6 +242,24 @@ def test_a_damaged_reference_cache_is_named_and_computed_again(tmp_path, caplog)
     assert (values == 1).all()
 
 
+def test_a_kill_while_old_checkpoints_are_rotated(tmp_path, monkeypatch):
+    """A checkpoint that is being deleted counts no longer; the newest does, and resumes."""
+
+    def killed(*args, **kwargs):
+        raise SystemExit("killed")
+
+    run = start(tmp_path, save_steps=1, save_total_limit=1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: killed() if "checkpoint-" in str(path) else None)
+    with pytest.raises(SystemExit, match="killed"):
+        run.train()
+    monkeypatch.undo()
+    assert (tmp_path / "run/checkpoint-1/model.safetensors").exists()
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    again = start(tmp_path, save_steps=1, save_total_limit=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
 # Signals.
 
 
