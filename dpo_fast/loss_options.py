@@ -79,6 +79,11 @@ class LossOptions:
         return not any(row.needs_reference for row in self.rows)
 
     @property
+    def has_reference(self) -> bool:
+        """True when a run has a reference: for a loss that takes one, and for sft alone, whose rewards are beside one."""
+        return not self.reference_free or set(self.names) == {"sft"}
+
+    @property
     def margin_only(self) -> bool:
         """True when dL/dchosen_logps = -dL/drejected_logps for each pair, whatever the data: all are margin losses.
 

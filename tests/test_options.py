@@ -95,8 +95,7 @@ def test_a_yaml_value_of_the_wrong_type_is_refused(name, value):
 OTHER = {
     "dataset_streaming": True, "streaming": True, "lora_task_type": "SEQ_CLS", "load_in_8bit": True,
     "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "uint8",
-    "push_to_hub": True, "hub_token": "x", "hub_private_repo": True, "hub_model_id": "x", "hub_strategy": "end",
-    "hub_always_push": True, "hub_revision": "x", "truncation_mode": "keep_end", "pad_to_multiple_of": 8,
+    "truncation_mode": "keep_end", "pad_to_multiple_of": 8,
     "dataset_num_proc": 2, "activation_offloading": True, "pad_token": "x", "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True}, "torch_compile": True, "neftune_noise_alpha": 5.0,
     "label_smoothing_factor": 0.1, "train_sampling_strategy": "group_by_length", "auto_find_batch_size": True,

@@ -93,7 +93,6 @@ class ModelArguments:
 
 
 _QUANTISED = "quantised weights are not supported: use_peft with dtype=bfloat16 needs the least memory here"
-_HUB = "nothing is uploaded: run `hf upload NAME OUTPUT_DIR` after training"
 # name -> why no value but the default is accepted
 REFUSED = {
     "dataset_streaming": "the data's length must be known: download it first",
@@ -104,13 +103,6 @@ REFUSED = {
     "bnb_4bit_quant_type": _QUANTISED,
     "use_bnb_nested_quant": _QUANTISED,
     "bnb_4bit_quant_storage": _QUANTISED,
-    "push_to_hub": _HUB,
-    "hub_token": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_always_push": _HUB,
-    "hub_revision": _HUB,
 }
 # Keys of an entry of `datasets` in TRL, and what to do instead of those that are not read.
 ENTRY = {

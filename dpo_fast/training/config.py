@@ -15,6 +15,7 @@ from ..backends import BACKENDS, resolve
 from ..forest.packing import SHARE_MODES
 from ..loss_table import LOSSES
 from ..losses import LossOptions
+from .value_checks import check_evaluation, check_numbers, check_on_nan
 
 # name -> (values that are fine, why no other is)
 REFUSED: dict[str, tuple[tuple, str]] = {
@@ -75,7 +76,7 @@ class DPOConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata={"help": "Compute in bfloat16 with float32 weights. Default: on unless fp16 is set."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; must be false."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "No effect: the columns needed are kept."})
 
     # The model.
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -157,10 +158,23 @@ class DPOConfig(TrainingArguments):
     )
     activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
 
+    # Faults.
+    on_nan: str = field(
+        default="stop",
+        metadata={"help": "A loss or gradient that is nan or inf: stop, or skip (waits for the device every step)."},
+    )
+    resume_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "What may differ from the run that is resumed: names of options, model, train_dataset."},
+    )
+
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        check_numbers(self)
+        check_evaluation(self)
+        check_on_nan(self)
         with warnings.catch_warnings():
             # TRL's name; transformers 5.23 prefers activation_checkpointing, which older versions lack.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
@@ -173,8 +187,8 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name, fine[0])
             if value not in fine and getattr(value, "value", value) not in fine:
                 raise ValueError(f"dpo_fast cannot honour {name}={value!r}: {why}. Remove it.")
-        if self.remove_unused_columns:
-            raise ValueError("dpo_fast cannot honour remove_unused_columns=True: the data has columns of its own")
+        # TRL's default is true; the columns that the layout needs are kept and the others left out either way.
+        self.remove_unused_columns = False
         if self.share not in SHARE_MODES:
             raise ValueError(f"share={self.share!r} is not one of {', '.join(SHARE_MODES)}")
         if self.backend is not None:
@@ -206,7 +220,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 "precompute_ref_batch_size and ref_cache_dir have no effect with precompute_ref_log_probs=False"
             )
-        if LossOptions.of(self).reference_free:
+        if not LossOptions.of(self).has_reference:
             for name in ("precompute_ref_log_probs", "sync_ref_model", "precompute_ref_batch_size", "ref_cache_dir"):
                 if getattr(self, name):
                     raise ValueError(f"{name} has no effect: loss_type {self.loss_type} takes no reference")
