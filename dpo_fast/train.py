@@ -4,7 +4,6 @@ What is cheap comes first: options, files, layouts, tokens, the model's configur
 a user can mend ends as one line on stderr and exit status 2. Options are in cli/.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -15,13 +14,14 @@ from pathlib import Path
 
 import torch
 
+from .cli.config_file import read_config
 from .data.sources import Pairs, load_pairs, locate, split_pairs
 from .training import checkpoint
 
 # What the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch")
-_LONGEST = 600  # characters of an error; transformers lists every model it knows
+_LONGEST = 1500  # characters of an error; transformers lists every model it knows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,46 +85,17 @@ def _quiet():
                 logging.getLogger(name).setLevel(level)
 
 
-def read_config(argv: list[str]) -> dict:
-    """The YAML file that `--config` names, {} without one. Its `env` is put into the environment, not returned.
-
-    Raises FileNotFoundError, and ValueError for a file that is not a mapping of options.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    try:
-        path = parser.parse_known_args(argv)[0].config
-    except argparse.ArgumentError as error:
-        raise ValueError(error) from None
-    if path is None:
-        return {}
-    import yaml
-
-    with open(path) as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ValueError(f"{path} must hold options, one `name: value` a line")
-    environment = config.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise ValueError(f"env in {path} must be a mapping of variables, found {environment!r}")
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
-    return config
-
-
 def run(argv: list[str]) -> int:
     """Train, or inspect the data, as the options say. Raises what `main` turns into one line."""
     # Before transformers is imported: it reads the environment.
-    config = read_config(argv)
+    path, config = read_config(argv)
     from transformers.utils import logging as transformers_logging
 
     from .cli.parse import parse
     from .data.pairs import prepare
     from .training.run_setup import load_tokenizer, plan_run
 
-    script, args, model_args = parse(argv, config)
+    script, args, model_args = parse(argv, config, path)
     say = print if args.process_index == 0 else _say_nothing
     transformers_logging.set_verbosity_error()
     if args.disable_tqdm or args.process_index:
@@ -142,11 +113,8 @@ def run(argv: list[str]) -> int:
     if model_args.chat_template_path:
         tokenizer.chat_template = Path(model_args.chat_template_path).read_text()
     run = None if script.inspect_data else plan_run(name, args, peft_config=model_args.peft_config())
-    if run and model_args.attn_implementation and run.path.path == "shared":
-        raise ValueError(
-            f"attn_implementation={model_args.attn_implementation} has no effect: dpo_fast brings its own attention, "
-            "which shares prompts, for models of this kind. Leave it out"
-        )
+    if run:
+        _say_attention(run, args, model_args.attn_implementation, say)
     pairs = _load_pairs(script, args, say)
     if model_args.chat_template_path and all(isinstance(r["chosen"], str) for p in pairs.values() for r in p.rows):
         raise ValueError("chat_template_path has no effect: the data is text, not messages")
@@ -157,6 +125,15 @@ def run(argv: list[str]) -> int:
     data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
     _train(run, script, args, tokenizer, data, resume, say)
     return 0
+
+
+def _say_attention(run, args, asked: str | None, say) -> None:
+    """Which attention runs, where one was asked for. Shared prompts need our own, so the model is loaded with its default."""
+    if asked and run.path.path == "shared":
+        del args.model_init_kwargs["attn_implementation"]
+        say(f"attention: dpo_fast's own, which shares prompts; attn_implementation={asked} is not used")
+    elif asked:
+        say(f"attention: {asked}")
 
 
 def _say_nothing(*_) -> None:
@@ -215,7 +192,12 @@ def _inspect(pairs: Pairs, tokenizer, args) -> str:
     from .data.tokenization import tokenize_pairs
 
     tokenized = tokenize_pairs(
-        pairs.rows, tokenizer, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows, log=_say_nothing
+        pairs.rows,
+        tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        skip_bad_rows=args.skip_bad_rows,
+        log=_say_nothing,
     )
     return report(pairs, tokenized, tokenizer, batch_size=args.per_device_train_batch_size)
 

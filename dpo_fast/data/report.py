@@ -46,8 +46,8 @@ def _first_pair(example: dict, tokenizer) -> str:
     """Prompt and both completions; the scored tokens stand between the marks."""
     lines = []
     for side in ("chosen", "rejected"):
-        prompt = tokenizer.decode(example["prompt_ids"])
-        both = tokenizer.decode(example["prompt_ids"] + example[f"{side}_ids"])
+        ids = example.get(f"{side}_prompt_ids", example["prompt_ids"])
+        prompt, both = tokenizer.decode(ids), tokenizer.decode(ids + example[f"{side}_ids"])
         # Decoded on its own, a completion may lose its first space.
         scored = both[len(prompt) :] if both.startswith(prompt) else tokenizer.decode(example[f"{side}_ids"])
         lines.append(f"-- {side} ({OPEN}scored{CLOSE})\n{prompt}{OPEN}{scored}{CLOSE}")
@@ -106,7 +106,9 @@ def count_tokens(examples: list[dict], batch_size: int) -> dict[str, int]:
     for start in range(0, len(examples), batch_size):
         completions = defaultdict(list)  # of each distinct prompt
         for example in examples[start : start + batch_size]:
-            completions[tuple(example["prompt_ids"])] += [example["chosen_ids"], example["rejected_ids"]]
+            completions[tuple(example["prompt_ids"])].append(example["chosen_ids"])
+            other = example.get("rejected_prompt_ids", example["prompt_ids"])
+            completions[tuple(other)].append(example["rejected_ids"])
         lengths = [len(prompt) + len(ids) for prompt, group in completions.items() for ids in group]
         counts["padded"] += len(lengths) * max(lengths)
         counts["packed"] += sum(lengths)

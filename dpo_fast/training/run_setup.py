@@ -16,6 +16,7 @@ from ..forest.gate import Plan, base_model, has_aux_loss, output_layer, plan_mod
 from ..forest.model import prepare_model, restore_model
 from ..losses import LossOptions
 from .config import DPOConfig
+from .handed_on import check_lora_targets
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
         if args.disable_dropout:
             no_dropout(module)
     ref_model = ref_model.requires_grad_(False).eval() if ref_model is not None else None
-    plan = prepare_model(model, backend=args.backend)
+    plan = prepare_model(model, workspace_bytes=args.workspace_bytes, backend=args.backend)
     share = args.share
     if not plan.share and share != "none":
         share = "none"
@@ -137,7 +138,10 @@ def load_model(model, args: DPOConfig) -> torch.nn.Module:
         return model
     options = {"dtype": "float32", "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
     options = {**options, **(args.model_init_kwargs or {}), "output_loading_info": True}
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, **options)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, **options)
+    except TypeError as error:
+        raise ValueError(f"model_init_kwargs do not fit the model: {error}") from None
     if info["missing_keys"]:
         raise ValueError(
             f"{model} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, which would be random: is it a "
@@ -163,6 +167,7 @@ def add_adapters(model, peft_config):
             raise ImportError("peft_config needs peft: pip install 'dpo_fast[train]'") from error
         if hasattr(model, "disable_adapter"):
             raise ValueError("the model already has adapters: merge them first, or leave peft_config out")
+        check_lora_targets(model, peft_config)
         model = get_peft_model(model, peft_config)
         output_layer(base_model(model))
     return model
