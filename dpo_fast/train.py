@@ -4,7 +4,6 @@ What is cheap comes first: options, files, layouts, tokens, the model's configur
 a user can mend ends as one line on stderr and exit status 2. Options are in cli/.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .cli.config_file import read_config
 from .data.sources import Pairs, load_pairs, locate, split_pairs
 from .training import checkpoint
 from .training.run_lock import hold
@@ -22,7 +22,7 @@ from .training.run_lock import hold
 # What the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch")
-_LONGEST = 600  # characters of an error; transformers lists every model it knows
+_LONGEST = 1500  # characters of an error; transformers lists every model it knows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,39 +89,10 @@ def _quiet():
                 logging.getLogger(name).setLevel(level)
 
 
-def read_config(argv: list[str]) -> dict:
-    """The YAML file that `--config` names, {} without one. Its `env` is put into the environment, not returned.
-
-    Raises FileNotFoundError, and ValueError for a file that is not a mapping of options.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    try:
-        path = parser.parse_known_args(argv)[0].config
-    except argparse.ArgumentError as error:
-        raise ValueError(error) from None
-    if path is None:
-        return {}
-    import yaml
-
-    with open(path) as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ValueError(f"{path} must hold options, one `name: value` a line")
-    environment = config.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise ValueError(f"env in {path} must be a mapping of variables, found {environment!r}")
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
-    return config
-
-
 def run(argv: list[str]) -> int:
     """Train, or inspect the data, as the options say. Raises what `main` turns into one line."""
     # Before transformers is imported: it reads the environment.
-    config = read_config(argv)
+    path, config = read_config(argv)
     from transformers.utils import logging as transformers_logging
 
     from .cli.parse import parse
@@ -129,7 +100,7 @@ def run(argv: list[str]) -> int:
     from .training.load import load_tokenizer
     from .training.run_setup import plan_run
 
-    script, args, model_args = parse(argv, config)
+    script, args, model_args = parse(argv, config, path)
     say = print if args.process_index == 0 else _say_nothing
     transformers_logging.set_verbosity_error()
     if args.disable_tqdm or args.process_index:
@@ -218,7 +189,12 @@ def _inspect(pairs: Pairs, tokenizer, args, part: str) -> str:
     from .training.batches import evaluation_batches, training_batches
 
     tokenized = tokenize_pairs(
-        pairs.rows, tokenizer, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows, log=_say_nothing
+        pairs.rows,
+        tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        skip_bad_rows=args.skip_bad_rows,
+        log=_say_nothing,
     )
     batches = training_batches if part == "train" else evaluation_batches
     return report(pairs, tokenized, tokenizer, batches(tokenized.examples, args))

@@ -45,7 +45,7 @@ def prepare(rows, tokenizer, args, vocab_size: int | None, name: str, share: str
     examples = getattr(rows, "examples", None)
     if isinstance(rows, PairDataset) and rows.computed:
         # Of another model, maybe: what it is now comes out of the cache.
-        examples = [{key: e[key] for key in _IDS} for e in examples]
+        examples = [{key: e[key] for key in (*_IDS, "rejected_prompt_ids") if key in e} for e in examples]
     if examples is None:
         examples = _tokenize(rows, tokenizer, args, vocab_size, name)
     if not examples:
@@ -68,7 +68,7 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
             raise ValueError(f"the {name} data is streamed: dpo_fast needs its length, load it without streaming")
         rows = list(rows)
         if rows and isinstance(rows[0], Mapping) and all(key in rows[0] for key in _IDS):
-            return _truncate(rows, args.max_length, name)
+            return _truncate(rows, args, name)
         rows = normalise_rows(rows, where=name, skip_bad_rows=args.skip_bad_rows)
     if tokenizer is None:
         raise ValueError(f"the {name} data is text: pass processing_class (the tokenizer)")
@@ -76,6 +76,7 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
         rows.rows,
         tokenizer,
         max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
         vocab_size=vocab_size,
         skip_bad_rows=args.skip_bad_rows,
         log=logger.info,
@@ -87,16 +88,18 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
     return tokenized.examples
 
 
-def _truncate(rows: list[Mapping], max_length: int | None, name: str) -> list[dict]:
+def _truncate(rows: list[Mapping], args, name: str) -> list[dict]:
+    from .tokenization import truncate
+
     examples = []
     for i, row in enumerate(rows):
-        ids = {key: list(row[key]) for key in _IDS}
-        for key in _IDS[1:]:
-            if not ids[key]:
+        ids = [list(row[key]) for key in _IDS]
+        for key, side in zip(_IDS[1:], ids[1:], strict=True):
+            if not side:
                 raise ValueError(f"{name} row {i}: {key} is empty: drop the pair")
-        room = None if max_length is None else max_length - len(ids["prompt_ids"])
-        if room is not None and room < 1:
-            logger.warning("%s row %d dropped: its prompt fills max_length=%d", name, i, max_length)
-            continue
-        examples.append({"prompt_ids": ids["prompt_ids"], **{key: ids[key][:room] for key in _IDS[1:]}})
+        example = truncate(*ids, max_length=args.max_length, truncation_mode=args.truncation_mode)
+        if example is None:
+            logger.warning("%s row %d dropped: its prompt fills max_length=%d", name, i, args.max_length)
+        else:
+            examples.append(example)
     return examples

@@ -48,8 +48,8 @@ def _first_pair(example: dict, tokenizer) -> str:
     """Prompt and both completions; the scored tokens stand between the marks."""
     lines = []
     for side in ("chosen", "rejected"):
-        prompt = tokenizer.decode(example["prompt_ids"])
-        both = tokenizer.decode(example["prompt_ids"] + example[f"{side}_ids"])
+        ids = example.get(f"{side}_prompt_ids", example["prompt_ids"])
+        prompt, both = tokenizer.decode(ids), tokenizer.decode(ids + example[f"{side}_ids"])
         # Decoded on its own, a completion may lose its first space.
         scored = both[len(prompt) :] if both.startswith(prompt) else tokenizer.decode(example[f"{side}_ids"])
         lines.append(f"-- {side} ({OPEN}scored{CLOSE})\n{prompt}{OPEN}{scored}{CLOSE}")
@@ -109,7 +109,10 @@ def count_tokens(batches: list[list[list[dict]]]) -> dict[str, int]:
     counts = dict.fromkeys(("padded", "packed", "prompt shared", "prefix shared"), 0)
     for groups in batches:
         examples = [example for group in groups for example in group]
-        lengths = [len(e["prompt_ids"]) + len(e[side]) for e in examples for side in ("chosen_ids", "rejected_ids")]
+        prompts = {"chosen_ids": "prompt_ids", "rejected_ids": "rejected_prompt_ids"}
+        lengths = [
+            len(e.get(prompt, e["prompt_ids"])) + len(e[side]) for e in examples for side, prompt in prompts.items()
+        ]
         counts["padded"] += len(lengths) * max(lengths)
         counts["packed"] += sum(lengths)
         for group in groups:

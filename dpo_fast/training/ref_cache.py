@@ -102,9 +102,9 @@ def _without_volatile(value):
 
 
 def _example_key(example: Mapping) -> bytes:
-    """16 bytes that name the three id sequences; each is preceded by its length, so no two triples look alike."""
+    """16 bytes that name the id sequences; each is preceded by its length, so no two examples look alike."""
     digest = hashlib.blake2b(digest_size=16)
-    for field in _FIELDS:
+    for field in (*_FIELDS, "rejected_prompt_ids") if "rejected_prompt_ids" in example else _FIELDS:
         ids = np.asarray(example[field])
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"{field} must be a flat sequence of ints, not {ids.dtype} of shape {ids.shape}")
@@ -121,7 +121,8 @@ class RefCache:
     version    of the code that computes the values
     extra      JSON-able settings that change the values too; None and {} are the same
 
-    An example is a mapping with `prompt_ids`, `chosen_ids`, `rejected_ids`: sequences of int; other keys are not read.
+    An example is a mapping with `prompt_ids`, `chosen_ids`, `rejected_ids`, and maybe `rejected_prompt_ids`: sequences of
+    int; other keys are not read.
     A value is (log p(chosen), log p(rejected)) as float64, in nats. The first value stored for an example stays.
     """
 
