@@ -80,7 +80,7 @@ def plain(logits_of, prompt: list[int], settings, longest: int, ordered=False):
                 kept.append(i)
                 mass += probs[i]
             at = 0.0
-            for token in kept:  # noqa: B007 (the last one where rounding leaves a gap)
+            for token in kept:
                 at += probs[token]
                 if at > u * mass:
                     break
