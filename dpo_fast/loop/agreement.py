@@ -122,7 +122,7 @@ def report(found: Agreement) -> str:
         rows = [(*names, _percent(share), str(n)) for names, (share, n) in found.pairwise.items()]
         lines += ["", *table(("annotator", "and", "agree", "pairs"), rows)]
     notes = warnings(found)
-    return "\n".join(lines + ([""] + notes if notes else []))
+    return "\n".join(lines + (["", *notes] if notes else []))
 
 
 def warnings(found: Agreement) -> list[str]:

@@ -173,20 +173,24 @@ def _argilla_choices(value, names: list[str]) -> Iterator[tuple[str, str, str]]:
     elif isinstance(value, list) and value and all(x in names for x in value):
         ranked = [(name, i) for i, name in enumerate(value)]
     elif isinstance(value, str) and len(names) == 2:
-        number = re.search(r"\d+$", value)
+        number = _last_number(value)
         if value in names:
             best = value
         elif value.lower() in ("tie", "equal", "both", "neither"):
             yield names[0], names[1], "tie"
             return
         else:
-            best = next((n for n in names if number and re.search(r"\d+$", n) and n.endswith(number[0])), None)
+            best = next((name for name in names if number and _last_number(name) == number), None)
         ranked = [(name, name != best) for name in names] if best else []
     else:
         ranked = []
     for i, (first, rank) in enumerate(ranked):
         for second, other in ranked[i + 1 :]:
             yield first, second, "tie" if rank == other else "a" if rank < other else "b"
+
+
+def _last_number(text: str) -> str:
+    return re.search(r"\d*$", text)[0]
 
 
 LAYOUTS = {"pairs": _read_pairs, "argilla": _read_argilla, "label_studio": _read_label_studio}
