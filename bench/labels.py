@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "labels.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    start, rows = time.perf_counter(), []
+    start, head, rows = time.perf_counter(), conditions("cpu", "bench.labels"), []
     for seed in range(args.seeds):
         for name in SETS:
             pool, held_out, tokenizer = load(args.data, name)
@@ -222,7 +222,7 @@ def main() -> None:
             rows += [{"part": "reliability", "set": name} | row for row in reliability(base, pool, held_out, seed)]
             sizes = {"labelled": len(pool), "held_out": len(held_out)}
             print(f"seed {seed} {name} {sizes} {time.perf_counter() - start:.0f} s", flush=True)
-            result = conditions("cpu", "bench.labels") | {"seconds": time.perf_counter() - start, "rows": rows}
+            result = head | {"seconds": time.perf_counter() - start, "rows": rows}
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
