@@ -20,7 +20,7 @@ _REFUSED = (400, 422)
 _LONGEST_PAUSE = 30.0  # seconds
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """The server says that the request is wrong: another try would not help."""
 
 
@@ -125,7 +125,7 @@ class Endpoint:
         if self.logprobs:
             try:
                 return self._ask(path, {**body, "logprobs": value})
-            except Refused as error:
+            except RefusedError as error:
                 answer = self._ask(path, body)
                 if self.logprobs:
                     self.logprobs = False
@@ -144,7 +144,7 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 problem = f"status {error.code}: {_short(error.read().decode(errors='replace'))}"
                 if error.code not in _BUSY and error.code < 500:
-                    kind = Refused if error.code in _REFUSED else ValueError
+                    kind = RefusedError if error.code in _REFUSED else ValueError
                     raise kind(f"{self.url}{path} refuses the request, {problem}") from None
                 told = error.headers.get("Retry-After") or ""
                 pause = min(_LONGEST_PAUSE, float(told)) if told.isdigit() else pause

@@ -23,7 +23,8 @@ def serving(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """(url, check) of a server that `command` starts; {model} and {port} in it are filled in.
 
-    What the server prints goes to `log_file`. It is waited for until it answers /v1/models, `timeout` seconds at most.
+    What the server prints goes to `log_file`. It is waited for until it says that it is ready (/health, or
+    /v1/models where there is no /health), `timeout` seconds at most.
     `check()` raises ValueError when the server has ended. Raises ValueError for a command that cannot work.
     """
     for name in ("{model}", "{port}"):
@@ -71,10 +72,21 @@ def _wait(url: str, check: Callable[[], None], timeout: float, log_file) -> None
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         check()
-        with contextlib.suppress(OSError), urllib.request.urlopen(url + "/v1/models", timeout=5):
+        if _status(url + "/health") == 200 or (_status(url + "/health") == 404 and _status(url + "/v1/models") == 200):
             return
         time.sleep(0.2)
-    raise ValueError(f"the server did not answer {url}/v1/models within {timeout:g} s; see {log_file}")
+    raise ValueError(f"the server did not answer within {timeout:g} s; see {log_file}")
+
+
+def _status(url: str) -> int | None:
+    """The HTTP status of a request, None where nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,11 +1,7 @@
 """Prompts to token ids as training makes them, and sampled token ids back to text."""
 
-import re
-
 import torch
 from jinja2 import TemplateError
-
-_MODEL_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def encode(prompt: str | list[dict], tokenizer) -> list[int]:
