@@ -2,11 +2,18 @@
 
 from collections.abc import Callable
 
+from .measure import wilson
 from .settings import Limits
 
 
 def _ratio(limit: float, value: float, start: float) -> bool:
     return start > 0 and not 1 / limit <= value / start <= limit
+
+
+def _gap(limit: float, m: dict) -> bool:
+    """A gap above the limit that is more than the chance of so few held-out pairs."""
+    high = wilson(m["accuracy"], m["heldout_pairs"])["high"]
+    return m["train_accuracy"] - m["accuracy"] > limit and m["train_accuracy"] > high
 
 
 # (name in Limits, what is compared, whether it passed, sentence). `m` are a round's metrics, `s` those of the start.
@@ -43,7 +50,7 @@ _CHECKS: tuple[tuple[str, Callable[[float, dict, dict], bool], str], ...] = (
     ),
     (
         "gap",
-        lambda limit, m, s: m["accuracy"] is not None and m["train_accuracy"] - m["accuracy"] > limit,
+        lambda limit, m, s: m["accuracy"] is not None and _gap(limit, m),
         "reward accuracy is {train_accuracy:.0%} in training and {accuracy:.0%} held out: it overfits the labels; train "
         "fewer epochs, set label_smoothing (cDPO), use ipo, or label more prompts",
     ),

@@ -70,7 +70,7 @@ def sequence_statistics(model: torch.nn.Module, examples: Sequence[dict]) -> tup
             forest = collator.part(group).forest.to(device)
             out = model(forest=forest, outputs=("entropy",))
             for found, name in ((logps, "token_logps"), (entropies, "entropy")):
-                found.append(forest.sum_paths(out[name].double())[: len(group)].flatten().cpu())
+                found.append(forest.sum_paths(out[name].double())[0].cpu())  # [2, B], both sides equal
             tokens += int(forest.lengths[: len(group)].sum())
     return torch.cat(logps), torch.cat(entropies), tokens
 

@@ -5,14 +5,18 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import PrinterCallback
 
 from ..cli.parse import parse
+from ..data.pairs import PairDataset
 from ..training import checkpoint
 from ..training.run_setup import load_model, load_tokenizer
 from ..training.trainer import DPOTrainer
 from .candidates import write_whole
 from .export import write_rows
 from .settings import Settings
+
+_SAMPLE = 64  # pairs
 
 
 def training_options(settings: Settings, model: str, pairs: Path, folder: Path):
@@ -47,13 +51,15 @@ def train_round(
         processing_class=load_tokenizer(model, args),
         peft_config=model_args.peft_config(),
     )
+    trainer.remove_callback(PrinterCallback)
     whole = checkpoint.complete_checkpoints(args.output_dir)
-    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    logs = [log for log in trainer.state.log_history if "rewards/accuracies" in log]
-    after = trainer.evaluate() if heldout else {}
+    trained = trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+    # As many training pairs as held-out ones are enough to compare the two.
+    sample = PairDataset(trainer.train_dataset.examples[: max(_SAMPLE, len(heldout))])
+    before, after = trainer.evaluate(sample, metric_key_prefix="train"), trainer.evaluate() if heldout else {}
     result = {
-        "loss": logs[-1]["loss"],
-        "train_accuracy": logs[-1]["rewards/accuracies"],
+        "loss": trained.training_loss,
+        "train_accuracy": before.get("train_rewards/accuracies"),
         "accuracy": after.get("eval_rewards/accuracies"),
         "margin": after.get("eval_rewards/margins"),
         "chosen_delta": after.get("eval_logps/chosen_delta"),
