@@ -78,8 +78,8 @@ def main(rounds: int = 3, seed: int = 0) -> list[float]:
     torch.manual_seed(seed)
     policy, score, history = LSTM(), None, []
     learn_language(policy, random.Random(seed))
-    options = {"learning_rate": 2e-3, "per_device_train_batch_size": 32, "num_train_epochs": 1, "report_to": "none"}
-    args = DPOConfig("runs/lstm", save_strategy="no", **options)
+    options = {"learning_rate": 2e-3, "per_device_train_batch_size": 32, "num_train_epochs": 1, "bf16": False}
+    args = DPOConfig("runs/lstm", save_strategy="no", report_to="none", **options)
     for number in range(rounds + 1):
         found = InProcess(policy, TOKENIZER).run(PROMPTS, set(), Sampling(8, max_new_tokens=24, seed=seed), number)
         songs = {prompt.text: [c.text.strip() for c in completions] for prompt, completions in found}

@@ -50,7 +50,7 @@ def demonstrate(
             train={
                 "loss_type": ["sigmoid", "sft"],
                 "beta": 0.5,
-                "learning_rate": 5e-5,
+                "learning_rate": 1e-4,
                 "per_device_train_batch_size": 16,
                 "num_train_epochs": 1,
                 "gradient_checkpointing": False,

@@ -11,9 +11,12 @@ def _ratio(limit: float, value: float, start: float) -> bool:
 
 
 def _gap(limit: float, m: dict) -> bool:
-    """A gap above the limit that is more than the chance of so few held-out pairs."""
-    high = wilson(m["accuracy"], m["heldout_pairs"])["high"]
-    return m["train_accuracy"] - m["accuracy"] > limit and m["train_accuracy"] > high
+    """A gap above the limit that is more than chance: the two confidence intervals do not overlap."""
+    low, high = (
+        wilson(m["train_accuracy"], m["train_sample"])["low"],
+        wilson(m["accuracy"], m["heldout_pairs"])["high"],
+    )
+    return m["train_accuracy"] - m["accuracy"] > limit and low > high
 
 
 # (name in Limits, what is compared, whether it passed, sentence). `m` are a round's metrics, `s` those of the start.

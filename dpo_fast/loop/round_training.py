@@ -60,6 +60,7 @@ def train_round(
     result = {
         "loss": trained.training_loss,
         "train_accuracy": before.get("train_rewards/accuracies"),
+        "train_sample": len(sample),
         "accuracy": after.get("eval_rewards/accuracies"),
         "margin": after.get("eval_rewards/margins"),
         "chosen_delta": after.get("eval_logps/chosen_delta"),
