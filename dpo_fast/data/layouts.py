@@ -132,6 +132,32 @@ LAYOUTS = (
 )
 
 
+def read_prompt(row) -> str | list[dict]:
+    """The prompt of one row, text or messages: that of its completions where it holds some, else the one it names.
+
+    Messages without completions that end with the assistant are a whole conversation, whose last reply is left out.
+    """
+    if isinstance(row, BadRowError):
+        raise row
+    given = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    if "instruction" in given:
+        return _alpaca({**given, "chosen": "", "rejected": ""}, "all")[0][1]
+    pairs = []
+    if not isinstance(row, dict) or "chosen" in given or "completions" in given:
+        _, _, pairs = read_row(row, "all")
+    if pairs:
+        return make_pair(*pairs[0][1:])[1]["prompt"]
+    name = next((name for name in ("prompt", "messages", "conversations") if name in given), None)
+    if name is None:
+        raise BadRowError(f"the row has no prompt, messages, conversations or instruction: found {', '.join(given)}")
+    prompt = _side(name, given[name])
+    if isinstance(prompt, str):
+        return prompt
+    while prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    return _system(given) + prompt
+
+
 def make_pair(prompt, chosen, rejected) -> tuple[str, dict]:
     """How the three values were read, and the normalised pair."""
     chosen, rejected = _side("chosen", chosen), _side("rejected", rejected)

@@ -53,6 +53,7 @@ def unused_options(values: Mapping, defaults: Mapping) -> dict[str, str]:
         found.update({name: why for name in names if values[name] != defaults[name]})
 
     names = [values["loss_type"]] if isinstance(values["loss_type"], str) else values["loss_type"]
+    rows = [LOSSES[name] for name in names if name in LOSSES]
     if all(name in LOSSES for name in names) and not LossOptions(names).has_reference:
         if values["precompute_ref_log_probs"]:
             found["precompute_ref_log_probs"] = "without a reference"
