@@ -1,13 +1,14 @@
 # Two commands do everything on a clean Linux machine with Python 3.11+ and a C++ compiler:
 #   make train    set up what is missing, then train the embedded default
 #   make test     set up what is missing, then run the tests
+#   make browser  install Debian's Chromium and its driver, without which the browser tests are skipped
 # The README shows the same steps one by one.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +26,10 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+browser:
+	apt-get update
+	apt-get install -y --no-install-recommends chromium chromium-driver
 
 lint: setup
 	$(BIN)/ruff check .
