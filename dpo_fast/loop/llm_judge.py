@@ -6,7 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from .items import Item
 
@@ -80,18 +80,19 @@ def ask_llm(
         return (item, there, None) if there == back else (item, "tie", f"the orders disagree: {there}, {back}")
 
     def judge(items: Iterable[Item]) -> Iterator[tuple[Item, str, str | None]]:
+        failure = None
         with ThreadPoolExecutor(concurrency) as pool:
-            pending, failure = [pool.submit(verdict, item) for item in items], None
-            for future in as_completed(pending):
-                if future.cancelled():
-                    continue
-                if future.exception() is None:
-                    yield future.result()
-                elif failure is None:
-                    failure = future.exception()
-                    pool.shutdown(wait=False, cancel_futures=True)
-            if failure is not None:
-                raise failure
+            pending = {pool.submit(verdict, item) for item in items}
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                failed = [future.exception() for future in done if future.exception()]
+                if failed and failure is None:
+                    failure = failed[0]
+                    # What is being asked may still give a verdict; nothing else is asked.
+                    pending = {future for future in pending if not future.cancel()}
+                yield from (future.result() for future in done if not future.exception())
+        if failure is not None:
+            raise failure
 
     return judge
 

@@ -32,7 +32,7 @@ def pair_logps(
         for group in collator.split(examples):
             forest = collator.part(group).forest.to(device)
             logps = forest.sum_paths(model(forest=forest)["token_logps"].double())
-            logps = logps / forest.lengths.to(device) if average else logps
+            logps = logps / forest.lengths.view(2, -1) if average else logps
             rows.append(logps.view(2, len(group)).T.cpu())
     return torch.cat(rows)
 

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from .store import SIDES, LabelStore, Showing
 
@@ -232,7 +233,7 @@ class PageServer:
 
     def link(self, annotator: str) -> str:
         """A person's link; the person is added when new."""
-        access = f"?access={self._options.token}" if self._options.token else ""
+        access = f"?access={quote(self._options.token)}" if self._options.token else ""
         return f"{self.address}/a/{self._store.add_annotator(annotator)}{access}"
 
     def start(self) -> "PageServer":
