@@ -128,7 +128,7 @@ class LossOptions:
         Raises ValueError, naming the argument, for a value out of range and for an option without effect.
         """
         rows, names, weights = dict(zip(self.names, self.rows, strict=True)), self.names, self.weights
-        fit = len(weights) == len(names) and all(math.isfinite(weight) for weight in weights)
+        fit = len(weights) == len(names) and all(abs(weight) < math.inf for weight in weights)
         require(fit, lambda: f"loss_weights is {weights}: give one finite number for each of the losses {names}")
         require_in("(0, inf)", "beta", self.beta)
         require_in("(0, inf)", "discopop_tau", self.discopop_tau)

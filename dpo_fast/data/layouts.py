@@ -16,7 +16,7 @@ class BadRowError(Exception):
 
 
 def read_row(row, ranking_pairs: str) -> tuple[str, dict, list[tuple]]:
-    """Layout, extras (tools, chat_template_kwargs) and (tag, prompt, chosen, rejected) of one row."""
+    """Layout, extras (tools, chat_template_kwargs, p_chosen) and (tag, prompt, chosen, rejected) of one row."""
     if isinstance(row, BadRowError):
         raise row
     if not isinstance(row, dict):
@@ -28,6 +28,10 @@ def read_row(row, ranking_pairs: str) -> tuple[str, dict, list[tuple]]:
     for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
         if given.get(key):
             extras[key] = _decoded(key, given[key], kind)
+    if "p_chosen" in given:
+        if "completions" in given:
+            raise BadRowError("'p_chosen' is of one pair, and this row ranks several completions: drop the column")
+        extras["p_chosen"] = given["p_chosen"]
     for layout, columns, read in LAYOUTS:
         if all(column in given for column in columns):
             return layout, extras, read(given, ranking_pairs)

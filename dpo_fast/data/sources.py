@@ -1,8 +1,8 @@
 """Preference pairs from files and the hub, with every row that is left out counted and named.
 
 A normalised row is `{"prompt", "chosen", "rejected"}`: three strings (plain text) or three message lists
-(`[{"role": "user", "content": "..."}]`, for the chat template), and, where the data has them, `tools` (a list) and
-`chat_template_kwargs` (a dict). What a row may look like is in layouts.py; tokens are made in tokenization.py. Nothing
+(`[{"role": "user", "content": "..."}]`, for the chat template), and, where the data has them, `tools` (a list),
+`chat_template_kwargs` (a dict) and `p_chosen` (a number). What a row may look like is in layouts.py; tokens are made in tokenization.py. Nothing
 here knows a tokenizer or a model.
 """
 

@@ -20,6 +20,8 @@ ROWS_A_CALL = 1024
 class TokenizedPairs:
     """Examples `{"prompt_ids", "chosen_ids", "rejected_ids"}` (lists of int, completions already cut) and what was lost.
 
+    An example keeps the `p_chosen` of its row.
+
     dropped: (index into the rows, reason). truncated: pairs with a completion cut at max_length. identical: kept pairs
     whose completions have the same ids (no gradient with a margin loss). warnings: sentences for the user.
     """
@@ -84,7 +86,8 @@ def tokenize_pairs(
             double_bos += len(prompt) > 1 and prompt[0] == prompt[1] == tokenizer.bos_token_id
             if vocab_size is not None:
                 _check_ids(index, [prompt, *sides], vocab_size, tokenizer)
-            result.examples.append(example)
+            noise = {"p_chosen": rows[index]["p_chosen"]} if "p_chosen" in rows[index] else {}
+            result.examples.append(example | noise)
     if not result.examples:
         index, reason = result.dropped[0] if result.dropped else (0, "there are no rows")
         raise DataError(f"no pair is left of {len(rows)} rows; the first dropped is row {index}: {reason}")

@@ -11,17 +11,21 @@ import warnings
 from dataclasses import field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 
 from ..backends import BACKENDS, resolve
 from ..forest.packing import SHARE_MODES
+from ..loss_options import SFT_MEANS
 from ..loss_table import LOSSES
-from ..losses import LossOptions
+from ..losses import LossOptions, check_label_smoothing
 from ..ops import WORKSPACE_BYTES
 from .handed_on import check_schedule
 from .unused import sentence, set_back, unused_options
 from .value_checks import check_evaluation, check_numbers, check_on_nan
+
+LABEL_NOISE = ("smoothing", "weight", "ignore")
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +123,19 @@ class DPOConfig(TrainingArguments):
     label_smoothing: float = field(
         default=LossOptions.label_smoothing, metadata={"help": "Chance that a label is wrong (conservative DPO)."}
     )
+    label_noise: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a column p_chosen, the chance that the chosen one is better, does: smoothing (label_smoothing is "
+            "1 - p_chosen of each pair), weight (each pair's loss is multiplied by it) or ignore. Default: smoothing."
+        },
+    )
+    sft_weight: float = field(
+        default=LossOptions.sft_weight, metadata={"help": "Weight of the chosen completions' likelihood (RPO)."}
+    )
+    sft_mean: str = field(
+        default=LossOptions.sft_mean, metadata={"help": f"What that is a mean over: {' or '.join(SFT_MEANS)}."}
+    )
     f_divergence_type: str = field(default=LossOptions.f_divergence_type, metadata={"help": "Divergence of f-DPO."})
     f_alpha_divergence_coef: float = field(
         default=LossOptions.f_alpha_divergence_coef, metadata={"help": "Alpha of the alpha-divergence."}
@@ -181,7 +198,35 @@ class DPOConfig(TrainingArguments):
             super().__post_init__()
         self._refuse()
         check_schedule(self)
-        LossOptions.of(self).check(pair_weights=self.use_weighting, ld_alpha=self.ld_alpha)
+        if self.label_noise not in (None, *LABEL_NOISE):
+            raise ValueError(f"label_noise={self.label_noise!r} is not one of {', '.join(LABEL_NOISE)}")
+        if self.label_noise == "smoothing":
+            self._refuse_number_beside_p_chosen()
+        weighted = self.use_weighting or self.label_noise == "weight"
+        soft = self.label_noise == "smoothing"
+        LossOptions.of(self).check(pair_weights=weighted, ld_alpha=self.ld_alpha, soft_labels=soft)
+
+    def _refuse_number_beside_p_chosen(self) -> None:
+        if self.label_smoothing != LossOptions.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} and the smoothing of each pair by p_chosen exclude each other: leave "
+                "label_smoothing out, or set label_noise to weight or ignore"
+            )
+
+    def check_p_chosen(self, values: list[float], name: str) -> None:
+        """Raise ValueError where the column p_chosen of the `name` data, with these values, cannot go with the loss."""
+        if self.label_noise == "weight":
+            return
+        self._refuse_number_beside_p_chosen()
+        options = LossOptions.of(self)
+        try:
+            options.check(soft_labels=True)
+            check_label_smoothing(1 - torch.tensor(values, dtype=torch.float64), options)
+        except ValueError as error:
+            raise ValueError(
+                f"the {name} data has a column p_chosen (label_smoothing = 1 - p_chosen): {error}; or set label_noise to "
+                "weight or ignore"
+            ) from None
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

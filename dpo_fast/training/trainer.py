@@ -183,6 +183,11 @@ class DPOTrainer(RunLife):
         if args.use_weighting:
             paths = [forest.gather_paths(out[name]) for name in ("token_logps", "log_sum_sq_probs")]
             weights = wpo_weights(*paths, forest.lengths)
+        label_smoothing = None
+        if part.p_chosen is not None and args.label_noise == "weight":
+            weights = part.p_chosen if weights is None else weights * part.p_chosen
+        elif part.p_chosen is not None:
+            label_smoothing = 1 - part.p_chosen
         chosen_lengths, rejected_lengths = forest.lengths.view(2, -1)
         result = objective(
             setup.loss_options,
@@ -192,6 +197,7 @@ class DPOTrainer(RunLife):
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             pair_weights=weights,
+            label_smoothing=label_smoothing,
             mean_chosen_length=mean_chosen_length if setup.loss_options.token_mean else None,
         )
         self._check_start(result)
