@@ -11,6 +11,7 @@ import warnings
 from dataclasses import field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 
@@ -158,6 +159,8 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        # A machine without an accelerator has one choice, and transformers wants it said before it computes in bf16.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if unused := unused_options(vars(self), defaults := self.defaults()):
             logger.warning(sentence(unused))
             set_back(vars(self), defaults, unused)
