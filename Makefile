@@ -1,13 +1,15 @@
 # Two commands do everything on a clean Linux machine with Python 3.11+ and a C++ compiler:
 #   make train    set up what is missing, then train the embedded default
 #   make test     set up what is missing, then run the tests
+#   make test-oldest  the tests of models, trainer and command line with the oldest transformers that is allowed
+#   make peers    add the trainers of other people that the tests compare with
 # The README shows the same steps one by one.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup train test lint clean
+.PHONY: setup peers train test test-oldest lint clean
 
 setup: $(VENV)/.installed
 
@@ -20,15 +22,33 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* 
 	$(BIN)/python -m dpo_fast.info
 	touch $@
 
+peers: setup
+	$(BIN)/python -m pip install -q -c constraints.txt trl liger-kernel
+
 train: setup
 	$(BIN)/python -m dpo_fast.train
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
+
+# Beside .venv, whose packages it uses but for the few that are older here.
+OLDEST := .venv-oldest
+OLDEST_TESTS := test_model test_dropout test_rope_regimes test_head_adapters test_load test_attention test_protocol \
+	test_trainer test_cli test_options
+
+$(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(OLDEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/newest.pth
+	$(OLDEST)/bin/python -m pip install -q --no-deps -r constraints-oldest.txt
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS:%=tests/%.py)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info dpo_fast/*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info dpo_fast/*.so

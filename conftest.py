@@ -27,6 +27,14 @@ def pytest_configure(config):
     config.option.reportchars += "s"
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--benchmark"):
+        terminalreporter.write_line(
+            "These rows were measured one after the other. Ratios for quoting come from `python -m bench.cpu` and "
+            "`python -m bench.gpu`, whose systems take turns."
+        )
+
+
 def pytest_ignore_collect(collection_path, config):
     if BENCH in (collection_path, *collection_path.parents) and not config.getoption("--benchmark"):
         return True
@@ -38,5 +46,5 @@ def pytest_collection_modifyitems(items, config):
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # a keyword is also the name of a folder
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,7 +1,8 @@
-"""What every benchmark states beside its numbers: device, versions, commit and date."""
+"""What every benchmark states beside its numbers, and what it says of what failed."""
 
 import contextlib
 import datetime
+import gc
 import importlib.metadata
 import platform
 import subprocess
@@ -34,8 +35,12 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
+    """The checkout's commit, or "unknown: why": a copy that was sent to a machine may have neither git nor .git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        return f"unknown: {error}"
+    return done.stdout.strip() or f"unknown: {done.stderr.strip()}"
 
 
 def conditions(device: str, module: str) -> dict:
@@ -44,3 +49,21 @@ def conditions(device: str, module: str) -> dict:
         "device": device_name(device), "versions": versions(), "commit": commit(),
         "date": datetime.date.today().isoformat(), "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
     }  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def reason(error: BaseException) -> str:
+    """One line on what went wrong."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def free(device: str) -> None:
+    """Gives memory back between rows; on a CPU what is not referred to is free already."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

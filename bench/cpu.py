@@ -5,18 +5,20 @@
 
 As bench.gpu does it: every system is compared with float64 first and then timed one call a turn; medians. `pytest
 --benchmark` has the same rows in float32 for a quick look; a shared machine wanders, and only turns take that out of a
-ratio. One JSON file goes to bench/results/.
+ratio. One file per type goes to bench/results/, a JSON line per row.
 """
 
 import argparse
-import json
 import sys
-import time
 
 import torch
 
+from bench.ceilings import ceilings
+from bench.clock import Clock
 from bench.common import ROOT, conditions
-from bench.gpu import Bench, Clock, ceilings, table
+from bench.measure import Bench, table
+from bench.results import Results
+from bench.systems import SYSTEMS
 
 # 512 rows: of the logits-in op half are scored, of the hidden-in ops all. (op, D, V)
 SHAPES = [
@@ -35,22 +37,22 @@ def main() -> int:
     args = parser.parse_args()
     for name in args.dtype:
         dtype = getattr(torch, name)
-        top = ceilings(Clock("cpu"), "cpu", dtype, dry=False, scale=16)
-        bench = Bench("cpu", dtype, args.repeats, time.monotonic() + 3600, top, rows=128)
+        top = ceilings(Clock("cpu", from_idle=False), "cpu", dtype, dry=False, scale=16)
+        path = ROOT / "bench/results" / f"ops_cpu_{name}.jsonl"
+        path.unlink(missing_ok=True)
+        results = Results(path, "cpu", 3600)
+        results.clock = Clock("cpu", from_idle=False)
+        head = results.add(**conditions("cpu", "bench.cpu"), dtype=name, ceilings=top)
+        bench = Bench(results, dtype, args.repeats, top, rows_per_sequence=128)
         for op in dict.fromkeys(op for op, *_ in SHAPES):
-            bench.check(op)
+            bench.check(op, tuple(SYSTEMS))
         if bench.wrong:
             print("wrong results, nothing is measured:", *bench.wrong, sep="\n  ")
             return 1
         for op, d, v in SHAPES:
             bench.measure(op, ROWS, d, v, 0.5)
-            torch._dynamo.reset()
-            print(f"measured {op}, V={v}", file=sys.stderr)
-        result = {**conditions("cpu", "bench.cpu"), "dtype": name, "ceilings": top, "rows": bench.rows}
-        print(table(bench.rows))
-        print(f"{result['device']}, {name}, {result['versions']}, {result['commit']}, {result['date']}")
-        path = ROOT / "bench/results" / f"ops_cpu_{name}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(table(results.rows))
+        print(f"{head['device']}, {name}, {head['versions']}, {head['commit']}, {head['date']}")
         print(f"written to {path.relative_to(ROOT)}")
     return 0
 

@@ -161,7 +161,7 @@ class _MissingError(Exception):
     """Why a system cannot be measured here, and how to get it."""
 
 
-def _dpo_fast(device: str, backend: str, inplace: bool = False) -> dict[str, Callable[[Batch], Tensor]]:
+def _dpo_fast(device: str, backend: str, variant: str = "") -> dict[str, Callable[[Batch], Tensor]]:
     try:
         resolve(backend, device)
     except ValueError as error:
@@ -169,8 +169,15 @@ def _dpo_fast(device: str, backend: str, inplace: bool = False) -> dict[str, Cal
     if backend == "triton" and device == "cpu":
         raise _MissingError("Triton on a CPU is its interpreter, whose time means nothing")
     loss = {"beta": BETA, "backend": backend}
-    if inplace:
+    if variant == "inplace":
         return {"dpo_loss": lambda b: dpo_fast.dpo_loss(b.logits, b.targets, inplace=True, **loss).loss}
+    if variant == "two launches":
+        # What weighs pairs is not in the one launch; a weight of 1 changes nothing.
+        def two_launches(b):
+            weights = torch.ones(len(b.targets) // 2, device=b.targets.device)
+            return dpo_fast.dpo_loss(b.logits, b.targets, pair_weights=weights, **loss).loss
+
+        return {"dpo_loss": two_launches}
     return {
         "token_logps": lambda b: dpo_fast.token_logps(b.logits, b.targets, backend=backend),
         "sequence_logps": lambda b: dpo_fast.sequence_logps(b.logits, b.targets, backend=backend),
@@ -274,9 +281,17 @@ SYSTEMS = {
     },
     **{
         f"dpo_fast {name}, inplace": System(
-            functools.partial(_dpo_fast, backend=name, inplace=True), ours=True, destroys=True
+            functools.partial(_dpo_fast, backend=name, variant="inplace"), ours=True, destroys=True
         )
         for name in reversed(BACKENDS)
+    },
+    # Plain torch has no other.
+    **{
+        f"dpo_fast {name}, two launches": System(
+            functools.partial(_dpo_fast, backend=name, variant="two launches"), ours=True
+        )
+        for name in reversed(BACKENDS)
+        if name != "torch"
     },
     "bare GEMMs": System(_bare_products, checked=False, note="the op's matrix products alone"),
     "torch eager": System(lambda device: _functions()),
@@ -291,7 +306,7 @@ SYSTEMS = {
 def offers(system: str, op: str) -> bool:
     """Whether `system` has `op`, told without importing it."""
     function = OPS[op].function
-    if "inplace" in system:
+    if system.endswith(("inplace", "two launches")):
         return function == "dpo_loss"
     if system == "Liger fused DPO":
         return function == "linear_dpo_loss"

@@ -136,17 +136,22 @@ class Stepper:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.current_gradient_accumulation_steps = 1
 
-    def __call__(self) -> tuple[float, float]:
-        """Seconds of the next step, and its loss."""
+    def step(self) -> torch.Tensor:
+        """The next step, without a wait for the device; its loss."""
         trainer, batch = self.trainer, self.trainer.batches[self.next % len(self.trainer.batches)]
         self.next += 1
-        self.synchronize()
-        start = time.perf_counter()
         loss = trainer.training_step(trainer.model, trainer._prepare_inputs(batch))
         trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
         trainer.model.zero_grad()
+        return loss
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds of the next step, and its loss."""
+        self.synchronize()
+        start = time.perf_counter()
+        loss = self.step()
         self.synchronize()
         return time.perf_counter() - start, float(loss)
 

@@ -14,7 +14,7 @@
 
 namespace dpo_fast {
 
-// In the order of `sequences.FUSED`.
+// In the order of kLossNames, by which Python finds them.
 enum class Loss : int {
   sigmoid, sigmoid_norm, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, discopop, simpo,
 };

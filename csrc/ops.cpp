@@ -1,9 +1,11 @@
 // The extension's ops: their schemas once, for the processor and for CUDA; the dispatcher chooses. Python sees them as
-// torch.ops.dpo_fast_csrc.* through dpo_fast/csrc.py, whose functions are the launchers that reference.py describes.
+// torch.ops.dpo_fast_csrc.* through dpo_fast/backends/extension.py, whose functions are the launchers that eager.py
+// describes.
 //
 // logits [N, V] with entries of a row next to each other and rows of any stride, targets [N] int64, in [0, V) or
-// ignore_index (checked by the caller). Log-probs, sums and statistics are float32; statistics are [4, N] in the order of
-// reference.OUTPUTS, or [0, N]. `out` may be `logits`.
+// ignore_index; another target reads nothing outside its row and makes the row NaN. Log-probs, sums and statistics are
+// float32; statistics are [4, N] in the order of eager.OUTPUTS, or [0, N]. `out` may be `logits`. `blocks_per_sm` is of
+// CUDA alone and changes no number.
 
 #include <torch/extension.h>
 #include <torch/version.h>
@@ -19,11 +21,11 @@ TORCH_LIBRARY(dpo_fast_csrc, m) {
       "logps_bwd(Tensor logits, Tensor targets, Tensor lse, Tensor coef, int ignore_index, float scale, "
       "float? softcap, float temperature, Tensor(a!) out) -> ()");
   m.def(
-      "residual_(Tensor(a!) logits, Tensor targets, float scale, float? softcap, float temperature, bool statistics) "
-      "-> (Tensor logps, Tensor statistics)");
+      "residual_(Tensor(a!) logits, Tensor targets, int ignore_index, float scale, float? softcap, float temperature, "
+      "bool statistics, int blocks_per_sm) -> (Tensor logps, Tensor statistics)");
   m.def(
       "dpo_fused(Tensor logits, Tensor targets, Tensor cu_rows, Tensor? ref_logps, float grad_scale, int loss, "
-      "float beta, float label_smoothing, float tau, float gamma, int ignore_index, Tensor(a!) out) "
+      "float beta, float label_smoothing, float tau, float gamma, int ignore_index, Tensor(a!) out, int blocks_per_sm) "
       "-> (Tensor losses, Tensor logps)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .forest.packing import PrefixForest
 from .losses import PreferenceOutput, preference_loss
-from .ops import dpo_loss, linear_dpo_loss, linear_token_logps, sequence_logps, token_logps
+from .ops import dpo_loss, linear_dpo_loss, linear_sequence_logps, linear_token_logps, sequence_logps, token_logps
 
 if TYPE_CHECKING:
     from .training.config import DPOConfig
@@ -26,6 +26,7 @@ __all__ = [
     "PrefixForest",
     "dpo_loss",
     "linear_dpo_loss",
+    "linear_sequence_logps",
     "linear_token_logps",
     "preference_loss",
     "sequence_logps",

@@ -32,7 +32,7 @@ class Terms:
     rejected_lengths: Tensor | None
     mean_chosen_length: Tensor | float | None  # scalar
     beta: float
-    label_smoothing: float
+    label_smoothing: float | Tensor  # a tensor: one number per pair
     discopop_tau: float
     simpo_gamma: float
 
@@ -95,7 +95,7 @@ MEAN_LENGTH = ("mean_chosen_length",)
 _UNIT = "[0, 1]"
 
 
-def _smooth(x: Tensor, e: float) -> Tensor:
+def _smooth(x: Tensor, e: float | Tensor) -> Tensor:
     """Cross-entropy of the margin x against the label 1 - e."""
     return -(1 - e) * _ls(x) - e * _ls(-x)
 
@@ -104,13 +104,14 @@ def _nca(x: Tensor, y: Tensor) -> Tensor:
     return -_ls(x) - 0.5 * _ls(-x) - 0.5 * _ls(-y)
 
 
-def _robust(x: Tensor, e: float) -> Tensor:
+def _robust(x: Tensor, e: float | Tensor) -> Tensor:
     return (-(1 - e) * _ls(x) + e * _ls(-x)) / (1 - 2 * e)
 
 
-def _exo(x: Tensor, e: float) -> Tensor:
+def _exo(x: Tensor, e: float | Tensor) -> Tensor:
     """KL divergence of (s(x), s(-x)) from the smoothed label (1 - e, e)."""
-    return _s(x) * (_ls(x) - math.log1p(-e)) + _s(-x) * (_ls(-x) - math.log(e))
+    e = e if isinstance(e, Tensor) else torch.full((), e, dtype=torch.float64)
+    return _s(x) * (_ls(x) - torch.log1p(-e)) + _s(-x) * (_ls(-x) - torch.log(e))
 
 
 def _discopop(x: Tensor, tau: float) -> Tensor:
@@ -118,7 +119,7 @@ def _discopop(x: Tensor, tau: float) -> Tensor:
     return -_s(-x / tau) * _ls(x) + torch.exp((_ls(x / tau) - x).clamp(max=MAX_EXPONENT))
 
 
-def _log_odds(avg: Tensor) -> Tensor:
+def log_odds(avg: Tensor) -> Tensor:
     """log(p / (1 - p)) of p = exp(avg); p is held below 1, where the odds (and an empty completion's) are infinite."""
     avg = avg.clamp(max=-torch.finfo(avg.dtype).eps)
     return avg - torch.log(-torch.expm1(avg))
@@ -186,7 +187,7 @@ LOSSES: dict[str, Loss] = {
     ),
     # ORPO, arXiv 2403.07691 eqs. 6 and 7 (beta is its lambda)
     "orpo": Loss(
-        lambda t: t.nll - t.beta * _ls(_log_odds(t.chosen_mean_logps) - _log_odds(t.rejected_mean_logps)),
+        lambda t: t.nll - t.beta * _ls(log_odds(t.chosen_mean_logps) - log_odds(t.rejected_mean_logps)),
         needs_reference=False,
         needs_lengths=BOTH_LENGTHS + MEAN_LENGTH,
         token_mean=True,

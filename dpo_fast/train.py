@@ -17,6 +17,7 @@ import torch
 from .cli.config_file import read_config
 from .data.sources import Pairs, load_pairs, locate, split_pairs
 from .training import checkpoint
+from .training.run_lock import hold
 
 # What the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             shown = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
             print(f"dpo_fast: error{where}: {shown}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt as stopped:
+            print(f"dpo_fast: {stopped or 'interrupted before training: no checkpoint was written'}", file=sys.stderr)
+            return 130
 
 
 def _package(error: ModuleNotFoundError) -> str:
@@ -93,7 +97,8 @@ def run(argv: list[str]) -> int:
 
     from .cli.parse import parse
     from .data.pairs import prepare
-    from .training.run_setup import load_tokenizer, plan_run
+    from .training.load import load_tokenizer
+    from .training.run_setup import plan_run
 
     script, args, model_args = parse(argv, config, path)
     say = print if args.process_index == 0 else _say_nothing
@@ -102,38 +107,29 @@ def run(argv: list[str]) -> int:
         transformers_logging.disable_progress_bar()
     name = model_args.model_name_or_path
     _check_files(script, args, model_args)
-    resume = _resume(args)
+    if not script.inspect_data and args.process_index == 0:
+        hold(args.output_dir)
+    args.resume_from_checkpoint = resume = _resume(args)
     initial = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     if model_args.attn_implementation:
         initial["attn_implementation"] = model_args.attn_implementation
     args.model_init_kwargs = {**initial, **(args.model_init_kwargs or {})}
     tokenizer = load_tokenizer(name, args)
     if tokenizer is None:
-        raise ValueError(f"{name} holds no tokenizer, or there is no such model folder or hub name")
+        raise ValueError(f"{name} holds no tokenizer (tokenizer.json and tokenizer_config.json)")
     if model_args.chat_template_path:
         tokenizer.chat_template = Path(model_args.chat_template_path).read_text()
     run = None if script.inspect_data else plan_run(name, args, peft_config=model_args.peft_config())
-    if run:
-        _say_attention(run, args, model_args.attn_implementation, say)
     pairs = _load_pairs(script, args, say)
     if model_args.chat_template_path and all(isinstance(r["chosen"], str) for p in pairs.values() for r in p.rows):
         raise ValueError("chat_template_path has no effect: the data is text, not messages")
     if script.inspect_data:
         for part, loaded in pairs.items():
-            say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args)}")
+            say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args, part)}")
         return 0
     data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
     _train(run, script, args, tokenizer, data, resume, say)
     return 0
-
-
-def _say_attention(run, args, asked: str | None, say) -> None:
-    """Which attention runs, where one was asked for. Shared prompts need our own, so the model is loaded with its default."""
-    if asked and run.path.path == "shared":
-        del args.model_init_kwargs["attn_implementation"]
-        say(f"attention: dpo_fast's own, which shares prompts; attn_implementation={asked} is not used")
-    elif asked:
-        say(f"attention: {asked}")
 
 
 def _say_nothing(*_) -> None:
@@ -187,9 +183,10 @@ def _load_pairs(script, args, say) -> dict[str, Pairs]:
     return pairs
 
 
-def _inspect(pairs: Pairs, tokenizer, args) -> str:
+def _inspect(pairs: Pairs, tokenizer, args, part: str) -> str:
     from .data.report import report
     from .data.tokenization import tokenize_pairs
+    from .training.batches import evaluation_batches, training_batches
 
     tokenized = tokenize_pairs(
         pairs.rows,
@@ -199,7 +196,8 @@ def _inspect(pairs: Pairs, tokenizer, args) -> str:
         skip_bad_rows=args.skip_bad_rows,
         log=_say_nothing,
     )
-    return report(pairs, tokenized, tokenizer, batch_size=args.per_device_train_batch_size)
+    batches = training_batches if part == "train" else evaluation_batches
+    return report(pairs, tokenized, tokenizer, batches(tokenized.examples, args))
 
 
 def _train(plan, script, args, tokenizer, data, resume, say) -> None:
@@ -217,7 +215,7 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     after = _final_metrics(trainer) if "eval" in data else None
     if trainer.is_fsdp_enabled:  # accelerate's default for FSDP2 would leave the weights in shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(args.output_dir)
+    trainer.save_model(args.output_dir)  # and uploads it with push_to_hub
     say(f"saved the model and its tokenizer to {args.output_dir}")
     say(_summary(before, after, speed, trainer.state.global_step))
     trainer.accelerator.end_training()
@@ -240,7 +238,9 @@ def _summary(before: dict | None, after: dict | None, speed: dict, steps: int) -
         parts.append(f"margin {before[margin]:.3f} -> {after[margin]:.3f}")
     parts.append(f"step {steps} reached in {speed['seconds']:.1f} s")
     parts.append(f"{speed['pairs_per_second']:.1f} pairs/s")
-    parts.append(f"{speed['tokens_saved']:.1%} of tokens saved")
+    parts.append(
+        f"{speed['tokens_saved']:.1%} of packed tokens saved ({speed['tokens_saved_of_padded']:.1%} of padded)"
+    )
     return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Logits in, loss and gradient of every pair out, in one launch: 2 reads and 1 write of the live rows.
+"""Logits in, loss and gradient of every pair out, in one launch: 2 reads and 1 write of the scored rows.
 
     rows       logp[row] = x[target] - logsumexp(x)                             1 read
     pair       logps = sums over each sequence's rows; loss(logps) and its two derivatives
@@ -29,17 +29,19 @@ import triton
 import triton.language as tl
 
 from .logps import check_rows
-from .rows import LOG2E, reduce_row, row_blocks, row_layout, write_gradient, write_zeros
+from .rows import LOG2E, checked, reduce_row, row_blocks, row_layout, write_gradient, write_zeros
 
-# Programs an SM: what fits with eight warps of 80 registers; more would only wait for a place. Not measured yet.
-PROGRAMS_PER_SM = 3
+# Sizes of a program for the number of programs per SM. Three of eight warps and 80 registers fit, and more would only
+# wait for a place; one of 32 warps has fewer rows between their two reads, so that more second reads can come from L2.
+# Not measured yet.
+PROGRAM_SIZES = {3: {"warps": 8, "loads": 4, "registers": 80}, 1: {"warps": 32, "loads": 2, "registers": 64}}
 
 
-def program_count(device: torch.device) -> int:
+def program_count(device: torch.device, programs_per_sm: int) -> int:
     """Programs of the persistent grid. In the interpreter the first takes all tickets in order, and waits for none."""
     if device.type != "cuda":
         return 2
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -182,16 +184,17 @@ PAIR_LOSSES = {
 @triton.jit
 def _sum_sequence(row_logps_ptr, targets_ptr, bounds_ptr, ignore_index, ROWS: tl.constexpr):
     """Sum of the log-probs of a sequence's scored rows, and how many they are (at least 1)."""
-    # Loaded again: kept since the ticket began, the bounds would cost the row loop registers.
+    # The bounds are loaded again: kept since the ticket began, they would cost the row loop registers.
     first, last = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
-    logps = tl.zeros([ROWS], tl.float32)
+    # As exact as the sums of the other ops: equal models give equal numbers, with and without a gradient.
+    logps = tl.zeros([ROWS], tl.float64)
     scored = tl.zeros([ROWS], tl.int32)
     for start in range(first, last, ROWS):
         rows = start + tl.arange(0, ROWS)
         live = tl.load(targets_ptr + rows, mask=rows < last, other=ignore_index) != ignore_index
-        logps += tl.load(row_logps_ptr + rows, mask=live, other=0.0, cache_modifier=".cg")
+        logps += tl.load(row_logps_ptr + rows, mask=live, other=0.0, cache_modifier=".cg").to(tl.float64)
         scored += live.to(tl.int32)
-    return tl.sum(logps, 0), tl.maximum(tl.sum(scored, 0), 1).to(tl.float32)
+    return tl.sum(logps, 0).to(tl.float32), tl.maximum(tl.sum(scored, 0), 1).to(tl.float32)
 
 
 @triton.jit
@@ -216,6 +219,32 @@ def _finish_pair(
     tl.store(coef_ptr + B + pair, gl * grad_scale)
 
 
+@triton.jit
+def _largest_pair(cu_ptr, B, THREADS: tl.constexpr):
+    """Rows of the pair that has most."""
+    largest = tl.zeros([THREADS], tl.int32)
+    for start in range(0, B, THREADS):
+        pairs = start + tl.arange(0, THREADS)
+        real = pairs < B
+        chosen, rejected = cu_ptr + pairs, cu_ptr + B + pairs
+        ends = tl.load(chosen + 1, mask=real, other=0) + tl.load(rejected + 1, mask=real, other=0)
+        begins = tl.load(chosen, mask=real, other=0) + tl.load(rejected, mask=real, other=0)
+        largest = tl.maximum(largest, ends - begins)
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _pair_of(place, cu_ptr, B, split):
+    """The pair that a place belongs to: the last one whose first place is not past it."""
+    pair = place * 0
+    end = pair + B
+    while end - pair > 1:
+        middle = pair + (end - pair) // 2
+        first = tl.load(cu_ptr + middle) + (tl.load(cu_ptr + B + middle) - split) + middle
+        pair, end = tl.where(first <= place, middle, pair), tl.where(first <= place, end, middle)
+    return pair
+
+
 @triton.jit(do_not_specialize=["stride_n", "stride_out", "N", "V", "B", "ignore_index"])
 def _dpo_kernel(
     x_ptr, targets_ptr, cu_ptr, ref_ptr, grad_scale,
@@ -223,19 +252,12 @@ def _dpo_kernel(
     top_ptr, log_total_ptr, row_logps_ptr, coef_ptr, counters_ptr,
     stride_n, stride_out, N, V, B, ignore_index, beta, label_smoothing, tau, gamma,
     LOSS: tl.constexpr, HAS_REF: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    PAIRS: tl.constexpr,
     EDGES: tl.constexpr, OUT_ALIGNED: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     # Places: pair by pair, its chosen rows, its rejected rows and one without a row, so that an empty pair is done too.
-    pairs = tl.arange(0, PAIRS)
-    real = pairs < B
     split = tl.load(cu_ptr + B)
-    begins = tl.load(cu_ptr + pairs, mask=real, other=0) + tl.load(cu_ptr + B + pairs, mask=real, other=0)
-    ends = tl.load(cu_ptr + pairs + 1, mask=real, other=0) + tl.load(cu_ptr + B + pairs + 1, mask=real, other=0)
     places = N + B
-    lead = tl.minimum(tl.max(ends - begins, 0) + 1 + (tl.num_programs(0) + 1) // 2, places)
-    # One past the last place of each pair.
-    ends = tl.where(real, ends - split + pairs + 1, places)
+    lead = tl.minimum(_largest_pair(cu_ptr, B, THREADS) + 1 + (tl.num_programs(0) + 1) // 2, places)
 
     ticket = tl.atomic_add(counters_ptr + B, 1, sem="relaxed", scope="gpu")
     while ticket < 2 * places:
@@ -246,7 +268,7 @@ def _dpo_kernel(
             is_row = turn % 2 == 0
             place = tl.where(is_row, lead, 0) + turn // 2
 
-        pair = tl.sum((ends <= place).to(tl.int32), 0)
+        pair = _pair_of(place, cu_ptr, B, split)
         w0, w1 = tl.load(cu_ptr + pair), tl.load(cu_ptr + pair + 1)
         l0, l1 = tl.load(cu_ptr + B + pair), tl.load(cu_ptr + B + pair + 1)
         index = place - (w0 + (l0 - split) + pair)
@@ -260,7 +282,8 @@ def _dpo_kernel(
         if is_row:
             if target != ignore_index:
                 start = row * stride_n
-                picked = tl.load(x_ptr + start + target).to(tl.float32)
+                target, fault = checked(target, V)
+                picked = tl.load(x_ptr + start + target).to(tl.float32) + fault
                 top, log_total, _, _, _ = reduce_row(
                     x_ptr, start, V, 1.0, 1.0, False, False, False, False, EDGES, VEC, K, THREADS
                 )
@@ -287,6 +310,8 @@ def _dpo_kernel(
                 tl.debug_barrier()
                 coef = tl.load(coef_ptr + tl.where(is_chosen, pair, B + pair), cache_modifier=".cg")
             if coef != 0:
+                # A target outside the vocabulary made the coefficient NaN.
+                target, _ = checked(target, V)
                 top = tl.load(top_ptr + row, cache_modifier=".cg")
                 log_total = tl.load(log_total_ptr + row, cache_modifier=".cg")
                 write_gradient(
@@ -300,14 +325,14 @@ def _dpo_kernel(
 
 def dpo_fused(
     logits, targets, cu_rows, ref_logps, grad_scale, *,
-    loss_type, beta, label_smoothing, discopop_tau, simpo_gamma, ignore_index=-100, out,
+    loss_type, beta, label_smoothing, discopop_tau, simpo_gamma, ignore_index=-100, out, programs_per_sm=3,
 ):  # fmt: skip
     """Losses [B], log-probs [2B] (chosen, then rejected; float32) and the gradient `out` [N, V] of pairs of sequences.
 
     Sequence s scores rows cu_rows[s] to cu_rows[s + 1] of logits [N, V]; cu_rows is int32 [2B + 1] from 0 to N.
     `loss_type` is one of PAIR_LOSSES; `ref_logps` is [2B] or None. `out` is grad_scale (a float, or a tensor of one number) times
     d losses.sum() / d logits, in the type of logits; it may be `logits`. Rows whose target is `ignore_index` are not
-    read, and zero in `out`.
+    read, and zero in `out`; a pair with another target outside [0, V) is NaN. `programs_per_sm` is a key of PROGRAM_SIZES.
     """
     check_rows(logits, targets)
     check_rows(out, targets)
@@ -320,7 +345,7 @@ def dpo_fused(
     top, log_total, row_logps = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
     counters = torch.zeros(B + 1, dtype=torch.int32, device=device)
     scale_is_tensor = isinstance(grad_scale, torch.Tensor)
-    _dpo_kernel[(min(program_count(device), 2 * (N + B)),)](
+    _dpo_kernel[(min(program_count(device, programs_per_sm), 2 * (N + B)),)](
         logits, targets, cu_rows, cu_rows if ref_logps is None else ref_logps,
         grad_scale if scale_is_tensor else float(grad_scale),
         out, losses, logps, top, log_total, row_logps, coef, counters,
@@ -328,7 +353,6 @@ def dpo_fused(
         float(beta), float(label_smoothing),
         float(discopop_tau), float(simpo_gamma),
         LOSS=PAIR_LOSSES[loss_type], HAS_REF=ref_logps is not None, SCALE_IS_TENSOR=scale_is_tensor,
-        PAIRS=max(64, triton.next_power_of_2(B)),
-        **row_layout(logits, out), **row_blocks(V, logits.dtype),
+        **row_layout(logits, out), **row_blocks(V, logits.dtype, **PROGRAM_SIZES[programs_per_sm]),
     )  # fmt: skip
     return losses, logps, out

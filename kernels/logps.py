@@ -1,25 +1,26 @@
 """Log-probs of target words from logits [N, V], their gradient, and both in one launch for a head's own tile.
 
-    logps_fwd   logp = x[target] - logsumexp(x)                         1 read of the live rows
+    logps_fwd   logp = x[target] - logsumexp(x)                         1 read of the scored rows
     logps_bwd   out = coef * (onehot - softmax(x)) * dx/draw            1 read, 1 write
     residual_   logp, and the row becomes (onehot - softmax) * dx/draw  1 read from memory, 1 from L2, 1 write
     scale_      a gradient times the one number backward() brings       nothing where it is 1, else 1 read, 1 write
 
-One program a row (rows.py). Rows whose target is ignored, or whose coefficient is 0, are not read.
-No autograd, no dispatch: ops.py has both.
+One program works on one row (rows.py). Rows whose target is ignored, or whose coefficient is 0, are not read; a target
+outside [0, V) that is not ignored reads nothing outside its row, and its log-prob and gradient are NaN.
+Autograd is in ops/, the choice of a back end in backends/.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .rows import reduce_row, row_blocks, row_layout, row_transform, transform, write_gradient, write_zeros
+from .rows import checked, reduce_row, row_blocks, row_layout, row_transform, transform, write_gradient, write_zeros
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 def check_rows(logits: torch.Tensor, targets: torch.Tensor) -> None:
-    """Refuse a type of logits [N, V] without kernels; their shape and the targets [N] are the caller's own doing."""
+    """Refuse a type of logits [N, V] that has no kernels; that shapes fit is the caller's business, and asserted."""
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"logits are {logits.dtype}: the Triton kernels take bfloat16, float16 or float32")
     assert (logits.ndim, targets.shape) == (2, logits.shape[:1]), (logits.shape, targets.shape)
@@ -61,7 +62,8 @@ def _logps_fwd_kernel(
     picked, top, log_total, entropy, x_sum, log_sum_sq = zero, zero, zero, zero, zero, zero
     scored = target != ignore_index
     if scored:
-        picked = transform(tl.load(x_ptr + start + target), a, cap, SOFTCAP)
+        target, fault = checked(target, V)
+        picked = transform(tl.load(x_ptr + start + target), a, cap, SOFTCAP) + fault
         top, log_total, entropy, x_sum, log_sum_sq = reduce_row(
             x_ptr, start, V, a, cap, SOFTCAP, ENTROPY, MEAN, SUM_SQ, EDGES, VEC, K, THREADS
         )
@@ -103,9 +105,10 @@ def _logps_bwd_kernel(
     target = tl.load(targets_ptr + row)
     coef = tl.load(coef_ptr + row).to(tl.float32)
     if (target != ignore_index) & (coef != 0):
+        target, fault = checked(target, V)
         lse = tl.load(lse_ptr + row)
         write_gradient(
-            x_ptr, row * stride_n, out_ptr, row * stride_out, V, target, coef, lse, 0.0, a, cap, SOFTCAP,
+            x_ptr, row * stride_n, out_ptr, row * stride_out, V, target, coef + fault, lse, 0.0, a, cap, SOFTCAP,
             EDGES, OUT_ALIGNED, VEC, K, THREADS,
         )  # fmt: skip
     else:
@@ -118,7 +121,7 @@ def logps_bwd(
     """out[n] = coef[n] * d logp[n] / d logits[n], [N, V]; `out` may be `logits`. Returns `out`.
 
     `lse` and `coef` are float32 [N]. Rows that are ignored or have a coefficient of 0 are zero and are not read. The
-    probabilities carry lse's rounding, 6e-8 * |lse|.
+    probabilities carry the rounding of lse, 6e-8 * |lse|.
     """
     check_rows(logits, targets)
     check_rows(out, targets)
@@ -133,11 +136,11 @@ def logps_bwd(
     return out
 
 
-@triton.jit(do_not_specialize=["stride_n", "V"])
+@triton.jit(do_not_specialize=["stride_n", "V", "ignore_index"])
 def _residual_kernel(
     x_ptr, targets_ptr,
     logps_ptr, entropy_ptr, mean_ptr, top1_ptr, sum_sq_ptr,
-    stride_n, V, a, cap, temperature,
+    stride_n, V, ignore_index, a, cap, temperature,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr,
     EDGES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
@@ -145,33 +148,51 @@ def _residual_kernel(
     row = tl.program_id(0).to(tl.int64)
     start = row * stride_n
     target = tl.load(targets_ptr + row)
-    picked = transform(tl.load(x_ptr + start + target), a, cap, SOFTCAP)
-    top, log_total, entropy, x_sum, log_sum_sq = reduce_row(
-        x_ptr, start, V, a, cap, SOFTCAP, ENTROPY, MEAN, SUM_SQ, EDGES, VEC, K, THREADS
-    )
+    zero = 0.0
+    picked, top, log_total, entropy, x_sum, log_sum_sq = zero, zero, zero, zero, zero, zero
+    scored = target != ignore_index
+    if scored:
+        target, fault = checked(target, V)
+        picked = transform(tl.load(x_ptr + start + target), a, cap, SOFTCAP) + fault
+        top, log_total, entropy, x_sum, log_sum_sq = reduce_row(
+            x_ptr, start, V, a, cap, SOFTCAP, ENTROPY, MEAN, SUM_SQ, EDGES, VEC, K, THREADS
+        )
+        write_gradient(
+            x_ptr, start, x_ptr, start, V, target, 1.0 + fault, top, log_total, a, cap, SOFTCAP,
+            EDGES, True, VEC, K, THREADS,
+        )  # fmt: skip
+    else:
+        write_zeros(x_ptr, start, V, EDGES, VEC, K, THREADS)
     _store_row(
-        row, True, picked, top, log_total, entropy, x_sum, log_sum_sq, V, temperature,
+        row, scored, picked, top, log_total, entropy, x_sum, log_sum_sq, V, temperature,
         logps_ptr, entropy_ptr, mean_ptr, top1_ptr, sum_sq_ptr, ENTROPY, MEAN, TOP1, SUM_SQ,
     )  # fmt: skip
-    write_gradient(
-        x_ptr, start, x_ptr, start, V, target, 1.0, top, log_total, a, cap, SOFTCAP, EDGES, True, VEC, K, THREADS
-    )
 
 
-def residual_(logits, targets, *, scale=1.0, softcap=None, temperature=1.0, outputs=()):
-    """Log-probs [N] and statistics, as `logps_fwd` without ignored rows; each row of logits [N, V] becomes
-    d logp / d logits: (onehot - softmax) * scale / temperature * (1 - tanh^2).
+def residual_(
+    logits, targets, *, ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, outputs=(), programs_per_sm=2
+):
+    """Log-probs [N] and statistics, as `logps_fwd`; each row of logits [N, V] becomes d logp / d logits:
+    (onehot - softmax) * scale / temperature * (1 - tanh^2), zero where the target is ignored.
+
+    `programs_per_sm` is 2, or 1: then half as many rows are between their two reads at a time, and more of the second
+    reads can come from L2. Not measured yet.
     """
     check_rows(logits, targets)
     N, V = logits.shape
     logps = torch.empty(N, dtype=torch.float32, device=logits.device)
     stats = _statistics(N, logits.device, outputs)
     if N:
-        # A head's tile may have no more rows than a GPU has SMs: twice the warps a row keep as many loads in flight.
-        blocks = row_blocks(V, logits.dtype, warps=16, loads=_loads(outputs, softcap))
+        # The tile of an output layer may have no more rows than a GPU has SMs: twice the warps per row keep as many
+        # loads in flight.
+        if programs_per_sm == 2:
+            blocks = row_blocks(V, logits.dtype, warps=16, loads=_loads(outputs, softcap))
+        else:
+            assert programs_per_sm == 1, programs_per_sm
+            blocks = row_blocks(V, logits.dtype, warps=32, loads=2, registers=64)
         _residual_kernel[(N,)](
             logits, targets, logps, *(stats.get(name, logps) for name in OUTPUTS),
-            logits.stride(0), V, temperature=float(temperature),
+            logits.stride(0), V, ignore_index, temperature=float(temperature),
             **row_transform(scale, softcap, temperature), **_flags(outputs), **row_layout(logits), **blocks,
         )  # fmt: skip
     return logps, stats
@@ -191,18 +212,24 @@ def _scale_kernel(x_ptr, factor_ptr, parts, stride, length, BLOCK: tl.constexpr)
 
 
 def scale_(x, factor):
-    """x *= factor for a factor of one element on x's device; reads no more than it where it is 1. Returns x.
+    """x *= factor for a factor of one element on the device of x; reads no more than the factor where that is 1.
 
-    x is contiguous, or each x[i] is.
+    x is contiguous, or each x[i] is, or its rows follow each other with gaps (`logits[..., :V]`). Returns x.
     """
-    parts, stride, length = (1, 0, x.numel()) if x.is_contiguous() else (len(x), x.stride(0), x[0].numel())
-    assert x.is_contiguous() or x[0].is_contiguous(), x.stride()
     if x.numel():
-        block = 8192
-        # Enough programs for 64 KB in flight an SM on the largest GPUs, and few to start where the factor is 1.
+        x_parts, block = _as_parts(x), 8192
+        parts, length = x_parts.shape
+        # Enough programs for 64 KB in flight per SM on the largest GPUs, and few to start where the factor is 1.
         programs = min(1024, parts * triton.cdiv(length, block))
-        _scale_kernel[(programs,)](x, factor, parts, stride, length, BLOCK=block, num_warps=8)
+        _scale_kernel[(programs,)](x, factor, parts, x_parts.stride(0), length, BLOCK=block, num_warps=8)
     return x
+
+
+def _as_parts(x) -> torch.Tensor:
+    """A view [parts, length] of x whose parts are as long as its strides allow."""
+    if x.is_contiguous():
+        return x.view(1, -1)
+    return x.flatten(1) if x[0].is_contiguous() else x.view(-1, x.shape[-1])
 
 
 def _statistics(N, device, outputs) -> dict[str, torch.Tensor]:
@@ -211,7 +238,7 @@ def _statistics(N, device, outputs) -> dict[str, torch.Tensor]:
 
 
 def _loads(outputs, softcap) -> int:
-    # Statistics and soft-capping need registers: with four loads in flight a thread sm_100 spills.
+    # Statistics and soft-capping need registers: with four loads in flight per thread sm_100 spills.
     return 2 if outputs or softcap is not None else 4
 
 

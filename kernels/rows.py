@@ -22,8 +22,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-def row_blocks(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4) -> dict[str, int]:
-    """Block sizes and launch options for rows of V words: at most `warps` warps a row, `loads` loads in flight a thread.
+def row_blocks(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4, registers: int = 80) -> dict[str, int]:
+    """Block sizes and launch options for rows of V words: at most `warps` warps per row, `loads` loads in flight and
+    `registers` registers per thread.
 
     No number here is measured yet: no GPU was at hand. The reasons are counts.
     """
@@ -31,9 +32,12 @@ def row_blocks(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4) -> di
     # Threads beyond a block of the row would idle.
     while warps > 1 and loads * 32 * vec * warps > V:
         warps //= 2
-    # 80 registers let three programs of eight warps share an SM: with four loads a thread 48 KB in flight.
+    # 80 registers let three programs of eight warps share an SM: with four loads per thread 48 KB are in flight.
     # Left alone, ptxas takes up to 126 for the one launch.
-    return {"VEC": vec, "K": loads, "THREADS": 32 * warps, "num_warps": warps, "maxnreg": 80}
+    sizes = {"VEC": vec, "K": loads, "THREADS": 32 * warps, "num_warps": warps, "maxnreg": registers}
+    # `raw * a - top` in one rounding is not 0 for the largest word, whose product was rounded for `top`: where words are
+    # bfloat16's lowest, the difference times the exponent's factor overflows, and inf * 0 is NaN.
+    return {**sizes, "enable_fp_fusion": False}
 
 
 def row_layout(x: torch.Tensor, out: torch.Tensor | None = None) -> dict[str, bool]:
@@ -58,6 +62,13 @@ def transform(raw, a, cap, SOFTCAP: tl.constexpr):
         # tanh(x) = 1 - 2 / (exp(2 x) + 1): exact at both infinities
         x = cap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
     return x
+
+
+@triton.jit
+def checked(target, V):
+    """A target as an address inside the row, and what its log-prob gains: 0, or NaN for a target outside [0, V)."""
+    inside = (target >= 0) & (target < V)
+    return tl.where(inside, target, 0), tl.where(inside, 0.0, float("nan"))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_fast import backends, reference
-from dpo_fast.backends import BACKENDS, resolve
+from dpo_fast.backends import BACKENDS, eager, resolve
 from dpo_fast.backends.sequences import scored_lengths, segment_sum
 from dpo_fast.losses import preference_loss
 
@@ -117,6 +117,12 @@ def poison():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def small_tiles(patch, size: int) -> None:
+    """The output layer works on tiles of `size` bytes, of any number of rows."""
+    patch.setitem(eager.TILE_BYTES, "cpu", size)
+    patch.setattr(eager, "ROW_STEP", 1)
 
 
 def double(x):

@@ -1,5 +1,6 @@
 """`pytest --benchmark` collects the suites in bench/ and nothing else; plain `pytest` none of them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,20 @@ def test_benchmark_collects_the_suites(folder):
     assert "test_op[" in out
     assert "test_ops.py::test_op[dpo_fast torch: dpo_loss + gradient]" in out
     assert "tests/" not in out
+
+
+def test_rounds_and_the_word_on_ratios(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
+    command.append("bench/test_ops.py::test_op[dpo_fast torch: sequence_logps]")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(path.read_text())["benchmarks"]
+    # A round takes a few milliseconds.
+    assert row["stats"]["rounds"] >= 5
+    assert "StdDev" in done.stdout
+    assert "python -m bench.cpu" in done.stdout
 
 
 @pytest.mark.parametrize("path", ["bench", "bench/test_ops.py"])

@@ -86,7 +86,7 @@ def failure(argv, capsys) -> str:
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    def load_model(*_):
+    def load_model(*_, **__):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(setup_run, "load_model", load_model)
@@ -111,7 +111,7 @@ def no_loading(monkeypatch):
         (["--use_peft", "--lora_target_modules", "nope"], "the model has no module nope"),
         (["--use_peft", "--lora_target_modules", "q_proj", "nope"], "the model has no module nope"),
         (["--use_peft", "--lora_target_modules", "q_proj)("], "is not a valid pattern"),
-        (["--use_peft", "--lora_target_modules", "lm_head", "q_proj"], "leave lm_head out"),
+        (["--use_peft", "--lora_target_modules", "lm_head", "--use_dora"], "leave lm_head out"),
         (["--use_peft", "--sync_ref_model"], "sync_ref_model"),
         (["--report_to", "nothing_known"], "nothing_known"),
         (["--max_length", "3"], "no pair is left of 10 rows"),
@@ -187,7 +187,7 @@ def test_a_missing_extra_says_what_to_install(arguments, monkeypatch, capsys):
 
 
 def test_a_full_device_says_what_to_lower(arguments, monkeypatch, capsys):
-    def load_model(*_):
+    def load_model(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate 9 GiB")
 
     monkeypatch.setattr(setup_run, "load_model", load_model)
@@ -286,7 +286,7 @@ def test_a_run_of_three_steps(arguments, tmp_path):
     assert f"saved the model and its tokenizer to {tmp_path / 'out'}" in lines
     assert "held out: 3 pairs, 7 are left to train on" in lines
     assert lines[-1].startswith("held-out reward accuracy 100.0%, margin 0.000 -> "), lines[-1]
-    for part in ("margin 0.000 -> ", "step 3 reached in ", " pairs/s", " of tokens saved"):
+    for part in ("margin 0.000 -> ", "step 3 reached in ", " pairs/s", " of packed tokens saved"):
         assert part in lines[-1]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before = transformers.AutoModelForCausalLM.from_pretrained(arguments[1])
@@ -311,7 +311,11 @@ def test_a_yaml_file_of_trl_trains_adapters(tmp_path, model_dir, train_file):
     assert_clean(start(["--config", str(file)]))
     adapters = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (adapters["r"], adapters["lora_alpha"]) == (4, 32)
-    again = start(["--config", str(file), "--resume_from_checkpoint", "true", "--max_steps", "4"])
+    more = ["--resume_from_checkpoint", "true", "--max_steps", "4"]
+    refused = start(["--config", str(file), *more])
+    assert refused.returncode == 2
+    assert "max_steps was 2, is 4" in refused.stderr
+    again = start(["--config", str(file), *more, "--resume_changed", "max_steps"])
     assert_clean(again)
     assert "step 4 reached in" in again.stdout
     assert (tmp_path / "out/checkpoint-4/complete.json").exists()

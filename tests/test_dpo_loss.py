@@ -5,11 +5,21 @@ import math
 
 import pytest
 import torch
-from op_tools import FLOORS, HALF, assert_within_rule, double, fields, pairs, poison, truth  # noqa: F401 - poison is autouse
+from op_tools import (  # noqa: F401 - poison is autouse
+    FLOORS,
+    HALF,
+    assert_within_rule,
+    double,
+    fields,
+    pairs,
+    poison,
+    small_tiles,
+    truth,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast import dpo_loss, linear_dpo_loss
-from dpo_fast.backends.eager import TILE_BYTES
+from dpo_fast.backends import resolve
 from dpo_fast.loss_table import FUSED, LOSSES
 from dpo_fast.losses import LossOptions
 from dpo_fast.ops import head as head_ops
@@ -264,8 +274,9 @@ class Allocated(TorchDispatchMode):
 def test_a_shifted_slice_is_not_copied(monkeypatch):
     whole = torch.randn(4, 6, 64)
     targets = torch.randint(64, (4, 5))
-    monkeypatch.setitem(TILE_BYTES, "cpu", 2 * 64 * 4)
-    arguments = None, None, None, None, "sigmoid", "reverse_kl", [0.1, 0.0, 0.5, 0.05, 0.5, 1.0], -100, "torch", False
+    small_tiles(monkeypatch, 2 * 64 * 4)
+    loss = "sigmoid", "reverse_kl,tokens", [0.1, 0.0, 0.5, 0.05, 0.5, 0.0, 1.0], None, -100
+    arguments = None, None, None, None, None, 1.0, None, 1.0, *loss, "torch", False
     with Allocated() as mode:
         rows, _ = logits_ops.flat_rows(whole[:, :-1], targets, -100)
         assert rows.data_ptr() == whole.data_ptr()
@@ -320,6 +331,77 @@ def test_inplace_takes_the_rows_of_a_wider_memory(backend):
     assert torch.equal(wide[:, V:], keep)
 
 
+@pytest.mark.parametrize("words", [V, 1])
+def test_inplace_takes_padded_rows_with_gaps(words, backend):
+    """`logits[..., :V]` of a wider tensor, whose gradient backward multiplies where it lies."""
+    wide = torch.randn(4, 3, 40)
+    keep = wide[..., words:].clone()
+    targets = torch.randint(words, (4, 3))
+    leaf = wide[..., :words].clone().requires_grad_()
+    expected = fields(dpo_loss(leaf, targets, backend=backend), -0.5, leaf=leaf)
+    x = wide[..., :words].requires_grad_()
+    ours = fields(dpo_loss(x, targets, backend=backend, inplace=True), -0.5, leaf=x)
+    for key, y in ours.items():
+        # Rows at other addresses may be summed in another order.
+        torch.testing.assert_close(y, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+    assert torch.equal(x.detach(), ours["dleaf"])
+    assert torch.equal(wide[..., words:], keep)
+
+
+@pytest.mark.parametrize("bad", [V, -1, -99, 2**40])
+def test_launchers_and_targets_outside_the_vocabulary(bad, backend):
+    """A GPU does not look at targets: such a row, and the pair that holds it, are NaN, and no other is touched."""
+    launch = resolve(backend, "cpu")
+    logits = torch.randn(7, V)
+    targets = torch.tensor([3, -100, bad, 5, 0, 1, 2])
+    cu = torch.tensor([0, 1, 3, 5, 7], dtype=torch.int32)
+    fine = targets.clone()
+    fine[2] = -100
+    transform = {"scale": 1.5, "softcap": 4.0, "temperature": 0.7, "outputs": ("entropy", "is_top1")}
+    plain = {**transform, "outputs": ()}
+    forward = [launch.logps_fwd(logits, t, **transform) for t in (targets, fine)]
+    residuals = [logits.clone(), logits.clone()]
+    residual = [launch.residual_(x, t, **transform) for x, t in zip(residuals, (targets, fine), strict=True)]
+    plain.pop("outputs")
+    grads = [
+        launch.logps_bwd(logits, t, lse, torch.ones(7), **plain, out=torch.empty_like(logits))
+        for t, (_, lse, _) in zip((targets, fine), forward, strict=True)
+    ]
+    others = torch.tensor([0, 1, 3, 4, 5, 6])
+    for mine, other in ((forward[0][0], forward[1][0]), (residual[0][0], residual[1][0]), residuals, grads):
+        assert mine[2].isnan().all()
+        assert torch.equal(mine[others], other[others])
+        assert (mine[1] == 0).all()
+    assert not forward[0][2]["is_top1"][2]
+    options = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "discopop_tau": 0.05, "simpo_gamma": 0.5}
+    losses, _, out = launch.dpo_fused(logits, targets, cu, None, 0.5, **options, out=torch.empty_like(logits))
+    assert losses.isnan().tolist() == [False, True]
+    assert out.isnan().any(1).tolist() == [False, False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_residual_ignores_rows(kept, backend):
+    """An ignored row is not read, even where it holds NaN; its log-prob, statistics and gradient are 0."""
+    launch = resolve(backend, "cpu")
+    logits = torch.randn(5, V)
+    targets = torch.tensor([3, 9, 9, 5, 0])
+    index = -100 if kept else 9
+    targets[targets == 9] = index
+    expected = logits.clone()
+    seen = torch.tensor([0, 3, 4])
+    rows = expected[seen]
+    logps, stats = launch.residual_(rows, targets[seen], outputs=("entropy", "is_top1"))
+    logits[1:3] = torch.nan
+    found, found_stats = launch.residual_(logits, targets, ignore_index=index, outputs=("entropy", "is_top1"))
+    assert torch.equal(found[seen], logps)
+    assert torch.equal(logits[seen], rows)
+    assert (found[1:3] == 0).all()
+    assert (logits[1:3] == 0).all()
+    for name, x in found_stats.items():
+        assert torch.equal(x[seen], stats[name])
+        assert (x[1:3] == 0).all()
+
+
 def test_inplace_is_noticed_by_whoever_saved_the_logits():
     leaf = torch.randn(4, 3, V).requires_grad_()
     x = leaf.exp()
@@ -354,12 +436,58 @@ def test_without_gradients_nothing_is_overwritten(backend):
                 torch.testing.assert_close(y, expected[k], rtol=1e-6, atol=1e-6)
 
 
-def test_only_the_loss_carries_a_gradient():
-    for dtype in (torch.float32, torch.float16):
-        x, targets, _ = pairs(LENGTHS, V, dtype=dtype)
-        out = dpo_loss(x.requires_grad_(), targets)
-        carries = [name for name in out.__dataclass_fields__ if getattr(out, name).requires_grad]
-        assert carries == ["loss"]
+def fused(op, inputs):
+    """An op of the one pass on logits, or on hidden states with a frozen or a trained head."""
+    if op == "dpo_loss":
+        return dpo_loss(inputs["logits"], inputs["targets"])
+    weight = inputs["weight"] if op == "trained" else inputs["weight"].detach()
+    return linear_dpo_loss(inputs["hidden"], weight, inputs["targets"])
+
+
+def fused_inputs():
+    logits, targets, _ = pairs(LENGTHS, V, dtype=torch.float32)
+    hidden = torch.randn(*targets.shape, D, generator=torch.Generator().manual_seed(1))
+    leaves = {"logits": logits, "hidden": hidden, "weight": torch.randn(V, D)}
+    return {name: x.requires_grad_() for name, x in leaves.items()} | {"targets": targets}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["losses", "chosen_logps", "rejected_logps"])
+@pytest.mark.parametrize("op", ["dpo_loss", "frozen", "trained"])
+def test_a_gradient_that_the_one_pass_does_not_have_is_an_error(op, name, compiled):
+    torch._dynamo.reset()
+    function = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
+    out = function(op, fused_inputs())
+    out.loss.backward()
+    out = function(op, fused_inputs())
+    assert not out.chosen_rewards.requires_grad
+    assert not out.rejected_rewards.requires_grad
+    with pytest.raises(RuntimeError, match=r"only `loss` .* carries a gradient.*sft_weight.*linear_sequence_logps"):
+        (out.loss - 0.1 * getattr(out, name).mean()).backward()
+
+
+@pytest.mark.parametrize("op", ["dpo_loss", "frozen", "trained"])
+def test_a_second_derivative_is_refused(op):
+    """Also where another term has one: what of it comes from the op would be missing in silence."""
+    inputs = fused_inputs()
+    leaf = inputs["logits" if op == "dpo_loss" else "hidden"]
+    (g,) = torch.autograd.grad(fused(op, inputs).loss + leaf.pow(3).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        g.square().sum().backward()
+
+
+def test_by_way_of_autograd_all_but_the_rewards_carry_a_gradient():
+    x, targets, _ = pairs(LENGTHS, V, dtype=torch.float16)
+    out = dpo_loss(x.requires_grad_(), targets)
+    assert [name for name in out.__dataclass_fields__ if not getattr(out, name).requires_grad] == [
+        "chosen_rewards",
+        "rejected_rewards",
+    ]
+    (ours,) = torch.autograd.grad(out.loss - 0.1 * out.chosen_logps.mean(), x)
+    wide = x.detach().double().requires_grad_()
+    expected = truth(wide, targets)
+    (theirs,) = torch.autograd.grad(expected.loss - 0.1 * expected.chosen_logps.mean(), wide)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=1e-5)
 
 
 def test_backward_runs_once():
@@ -423,7 +551,7 @@ def check_head(batch, ref, *, workspace_bytes=None, backend=None, **options):
 
 
 def few_rows(monkeypatch, rows, v=V, itemsize=8):
-    monkeypatch.setitem(TILE_BYTES, "cpu", rows * v * itemsize)
+    small_tiles(monkeypatch, rows * v * itemsize)
 
 
 @pytest.mark.parametrize("needs", [("hidden",), NAMES])
@@ -538,9 +666,9 @@ def test_head_under_no_grad():
 
 
 def head_arguments(leaves, targets, cu, needs, workspace_bytes, name="sigmoid"):
-    numbers = [0.1, 0.0, 0.5, 0.05, 0.5, 1.0]
-    tensors = leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), cu, None, None, None
-    return *tensors, 1.0, None, name, "reverse_kl", numbers, -100, needs, workspace_bytes, "torch", False
+    loss = name, "reverse_kl,tokens", [0.1, 0.0, 0.5, 0.05, 0.5, 0.0, 1.0], None, -100
+    tensors = leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), cu, None, None, None, None
+    return *tensors, 1.0, None, 1.0, *loss, "", needs, workspace_bytes, "torch", False
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ from fuzz_tools import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from op_tools import fields, truth
+from op_tools import fields, small_tiles, truth
 
 from dpo_fast import linear_dpo_loss, linear_token_logps, reference
-from dpo_fast.backends.eager import TILE_BYTES
 from dpo_fast.backends.sequences import scored_lengths
 
 HIDDEN = {"zero": 0.0, "small": 1e-3, "normal": 1.0, "large": 40.0}
@@ -89,7 +88,7 @@ def test_linear_token_logps(backend, case):
         return {"logps": logps.detach(), **{f"d{k}": g for k, g in zip(wanted, grads, strict=True)}}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TILE_BYTES, "cpu", case["tile"] * row)
+        small_tiles(patch, case["tile"] * row)
         own = {"backend": backend, "workspace_bytes": case["kept"] * row}
         ours = with_threads(lambda: run(linear_token_logps, **own), case["threads"], False)
     plain, exact = run(reference.linear_token_logps), run(reference.linear_token_logps, wide=True)
@@ -130,7 +129,7 @@ def test_linear_dpo_loss(backend, case):
         return fields(out, case["loss_grad"], **wanted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TILE_BYTES, "cpu", case["tile"] * row)
+        small_tiles(patch, case["tile"] * row)
         own = {"backend": backend, "workspace_bytes": case["kept"] * row, **transform}
         ours = with_threads(lambda: run(linear_dpo_loss, **own), case["threads"], False)
     plain, exact = run(whole), run(whole, wide=True)

@@ -4,11 +4,12 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What a wing may import of dpo_fast. `losses` and `loss_table` are the objective; None: everything.
-OBJECTIVE = {"loss_table", "losses"}
+# What a wing may import of dpo_fast. `losses`, `loss_options` and `loss_table` are the objective; None: everything.
+OBJECTIVE = {"loss_table", "loss_options", "losses"}
 MAY_IMPORT = {
     "loss_table": set(),
-    "losses": {"loss_table"},
+    "loss_options": {"loss_table"},
+    "losses": {"loss_table", "loss_options"},
     "reference": set(),
     "kernels": {"kernels"},
     "backends": {"backends", "reference", "kernels"} | OBJECTIVE,

@@ -26,6 +26,8 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The rows of a large vocabulary, aligned and not (151665: Qwen's words without padding), and of a small one.
 VOCABULARIES = (128256, 151665, 1000)
 N, B = 4096, 16
+# Fused multiply-adds of one tl.log, which is libdevice's polynomial.
+LOG_FMAS = 13
 
 
 def meta(*shape, dtype=torch.float32):
@@ -45,16 +47,16 @@ def backward(v, dtype, transform=PLAIN):
     logps.logps_bwd(x, targets, meta(N), meta(N), ignore_index=-100, out=x, **transform)
 
 
-def residual(v, dtype, outputs=(), transform=PLAIN):
-    logps.residual_(*batch(v, dtype), outputs=outputs, **transform)
+def residual(v, dtype, outputs=(), transform=PLAIN, **options):
+    logps.residual_(*batch(v, dtype), outputs=outputs, **transform, **options)
 
 
-def fused(v, dtype, loss_type="sigmoid", grad_scale=1.0):
+def fused(v, dtype, loss_type="sigmoid", grad_scale=1.0, count=B, **options):
     x, targets = batch(v, dtype)
-    ref = None if loss_type == "simpo" else meta(2 * B)
+    ref = None if loss_type == "simpo" else meta(2 * count)
     dpo.dpo_fused(
-        x, targets, meta(2 * B + 1, dtype=torch.int32), ref, grad_scale, loss_type=loss_type, beta=0.1,
-        label_smoothing=0.0, discopop_tau=0.05, simpo_gamma=0.5, ignore_index=-100, out=x,
+        x, targets, meta(2 * count + 1, dtype=torch.int32), ref, grad_scale, loss_type=loss_type, beta=0.1,
+        label_smoothing=0.0, discopop_tau=0.05, simpo_gamma=0.5, ignore_index=-100, out=x, **options,
     )  # fmt: skip
 
 
@@ -68,6 +70,12 @@ def cases(arch):
             yield f"residual_ {v} {dtype}", lambda v=v, t=dtype: residual(v, t)
             yield f"residual_ {v} {dtype} all outputs", lambda v=v, t=dtype: residual(v, t, logps.OUTPUTS)
             yield f"dpo_fused {v} {dtype}", lambda v=v, t=dtype: fused(v, t)
+            if dtype != "fp16" and v > 1000:
+                one = {"programs_per_sm": 1}
+                yield f"residual_ {v} {dtype} one per SM", lambda v=v, t=dtype, one=one: residual(v, t, **one)
+                yield f"dpo_fused {v} {dtype} one per SM", lambda v=v, t=dtype, one=one: fused(v, t, **one)
+    for count in (8192, 65536):
+        yield f"dpo_fused {count} pairs", lambda count=count: fused(VOCABULARIES[0], "bf16", count=count)
     v = VOCABULARIES[1]
     yield f"logps_fwd {v} bf16 softcap", lambda: forward(v, "bf16", (), CAPPED)
     yield f"logps_fwd {v} bf16 softcap all outputs", lambda: forward(v, "bf16", logps.OUTPUTS, CAPPED)
@@ -76,7 +84,7 @@ def cases(arch):
     yield f"residual_ {v} bf16 softcap all outputs", lambda: residual(v, "bf16", logps.OUTPUTS, CAPPED)
     for dtype in TYPES:
         yield f"scale_ {dtype}", lambda t=dtype: logps.scale_(meta(N, 1000, dtype=TYPES[t]), meta(1))
-    # A loss is a few scalar instructions a pair: every one on one architecture.
+    # A loss is a few scalar instructions per pair: every one on one architecture.
     for name in dpo.PAIR_LOSSES if arch == 90 else ("discopop",):
         yield f"dpo_fused {v} bf16 {name}", lambda name=name: fused(v, "bf16", name, meta(()))
 
@@ -112,20 +120,33 @@ def compiled(monkeypatch):
     driver._active = before
 
 
-def resources(kernel, path):
+def dump(kernel, path, option):
     path.write_bytes(kernel.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
-    text = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel, path):
+    text = dump(kernel, path, "-res-usage")
     return {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
+def contracted(kernel, path):
+    """Whether a product and a sum of ours became one instruction with one rounding: `x - top` of the largest word x
+    must be 0, so that a row of bfloat16's lowest words gives no NaN."""
+    most = LOG_FMAS * len(re.findall(r"\bmath\.log\b", kernel.asm["ttir"]))
+    counts = len(re.findall(r"\bfma\b", kernel.asm["ptx"])), len(re.findall(r"\bFFMA\b", dump(kernel, path, "-sass")))
+    return any(count > most for count in counts)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_kernel_spills(arch, compiled, tmp_path):
-    """No registers in local memory, and rows are read (and written) 16 bytes at a time, whatever their alignment."""
+def test_no_kernel_spills_or_contracts(arch, compiled, tmp_path):
+    """No registers in local memory, no contraction, and rows are read (and written) 16 bytes at a time, whatever their
+    alignment."""
     if arch == 100 and tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7):
         pytest.skip("triton 3.6's assembler for sm_100 spills up to 8 registers once a row in the one launch")
     driver.set_active(AbsentGpu(arch))
-    table, spilled, narrow = [], [], []
+    table, spilled, narrow, fused_adds = [], [], [], []
     for name, launch in cases(arch):
         begin = time.perf_counter()
         launch()
@@ -136,9 +157,12 @@ def test_no_kernel_spills(arch, compiled, tmp_path):
         table.append(row)
         if use["STACK"] or use["LOCAL"]:
             spilled.append(row)
+        if contracted(kernel, tmp_path / "kernel.cubin"):
+            fused_adds.append(row)
         wide = ("ld.global.v4.b32",) if "fwd" in name else ("ld.global.v4.b32", "st.global.v4.b32")
         if not all(instruction in kernel.asm["ptx"] for instruction in wide):
             narrow.append(row)
     print("\n" + "\n".join(table))
     assert not spilled, "\n".join(spilled)
     assert not narrow, "\n".join(narrow)
+    assert not fused_adds, "\n".join(fused_adds)

@@ -109,7 +109,7 @@ PADDED = {
     "nemotron": ({}, "does not hand the forest on"),
     "recurrent_gemma": (
         {"num_hidden_layers": 3, "attention_window_size": 5, "logits_soft_cap": 3.0},
-        "linear_attention",
+        "linear_attention|differ by",  # 5.17 names no kinds of layers
     ),
     "doge": ({"keep_window_size": 64}, "attention mask of its own"),
     "dynamic rope": (
@@ -118,19 +118,22 @@ PADDED = {
     ),
     "longrope": (
         {
+            "original_max_position_embeddings": 32,  # phi3 takes this one before that of rope_parameters
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 10000.0,
                 "short_factor": [1.0, 1.5],
                 "long_factor": [2.0, 4.0],
                 "original_max_position_embeddings": 32,
-            }
+            },
         },
         "scales its rotary positions with the row's length",
     ),
 }
 TYPES = {"dynamic rope": "llama", "longrope": "phi3"}
 BARE = ("gpt2", "mamba", "bloom")
+# Of these, other implementations than eager are no truth in transformers 5.17: its sdpa drops the soft-cap, doge's mask too.
+EAGER = ("gemma2", "doge")
 
 
 @pytest.fixture
@@ -151,7 +154,8 @@ def build(name, dtype=torch.float64, seed=0, **changes):
     if "kv_lora_rank" in options:
         del options["head_dim"]
     config = AutoConfig.for_model(TYPES.get(name, name), **options)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    own = {"attn_implementation": "eager"} if name in EAGER else {}
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager", **own)
     rng = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=rng)
@@ -261,6 +265,30 @@ def test_shared_family(name, in_float64, monkeypatch):
     agree(paths_and_gradients(model, forest_paths(model, "none")), own)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_truth_is_eager_attention(padded, in_float64, monkeypatch):
+    """A model whose own implementation drops a soft-cap in silence is not padded with it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def capless(*args, softcap=None, **kwargs):
+        return attention.plain_forward(*args, scaling=kwargs["scaling"], dropout=0.0)
+
+    AttentionInterface.register("capless", capless)
+    AttentionMaskInterface.register("capless", sdpa_mask)
+    model = build("gemma2")
+    own = paths_and_gradients(model, own_paths(model))
+    model.set_attn_implementation("capless")
+    assert (own_paths(model) - own[0]).abs().max() > 0.05
+    if padded:
+        force_padding(monkeypatch)
+    plan = prepare_model(model)
+    assert (plan.path, plan.attention) == (("padded", "eager") if padded else ("shared", None))
+    agree(paths_and_gradients(model, forest_paths(model, "none")), own)
+    restore_model(model)
+    assert model.config._attn_implementation == "capless"
+
+
 def count_calls(monkeypatch, module, name):
     calls, function = [0], getattr(module, name)
 
@@ -279,7 +307,7 @@ def test_padded_family(name, in_float64):
     plan = prepare_model(model)
     assert plan.path == "padded"
     assert not plan.share
-    assert PADDED[name][1] in plan.obstacle
+    assert re.search(PADDED[name][1], plan.obstacle)
     agree(paths_and_gradients(model, forest_paths(model, "none")), own)
     with pytest.raises(ValueError, match="share='none'"):
         forest_paths(model, "prompt")
@@ -391,7 +419,7 @@ def test_a_model_on_the_cpu_is_prepared_for_the_back_end_of_another_device(missi
     model = build("llama")
     plan = prepare_model(model, backend="missing")
     assert plan.path == "shared"
-    verify.verify_sharing(model, plan, EXAMPLE, "prefix")
+    verify.verify_sharing(model, plan, [EXAMPLE], "prefix")
     with pytest.raises(ValueError, match=re.escape(missing)):
         forest_paths(model, "prefix")
 
@@ -568,7 +596,7 @@ def test_small_vocabularies_and_models_without_weights():
 
 # ---- Checks of a run ----
 
-EXAMPLE = {"prompt_ids": [7, *A * 8], "chosen_ids": [5, 6, 7] * 12, "rejected_ids": [5, 6, 8, 9]}
+EXAMPLE = {"prompt_ids": [7, *A * 3], "chosen_ids": [5, 6, 7] * 10, "rejected_ids": [5, 6, 8, 9]}
 
 
 def test_verify_sharing():
@@ -578,7 +606,7 @@ def test_verify_sharing():
         plan = prepare_model(model)
         for share in ("prefix", "prompt", "none") if plan.share else ("none",):
             for example in (EXAMPLE, no_prompt):
-                assert verify.verify_sharing(model, plan, example, share) < 1e-5
+                assert verify.verify_sharing(model, plan, [example], share) < 1e-5
 
 
 def test_verify_sharing_finds_sabotage(monkeypatch):
@@ -594,7 +622,7 @@ def test_verify_sharing_finds_sabotage(monkeypatch):
 
     monkeypatch.setattr(attention, "block_attention", blind)
     with pytest.raises(ValueError, match=r"verification failed: a token's log-prob differs by .* share='prefix'"):
-        verify.verify_sharing(model, plan, EXAMPLE, "prefix")
+        verify.verify_sharing(model, plan, [EXAMPLE], "prefix")
     monkeypatch.setattr(attention, "block_attention", real)
     forward = model.forward
 
@@ -606,11 +634,11 @@ def test_verify_sharing_finds_sabotage(monkeypatch):
 
     model.forward = one_token_off
     with pytest.raises(ValueError, match=r"differs by 0\.002 nats"):
-        verify.verify_sharing(model, plan, EXAMPLE, "prefix")
+        verify.verify_sharing(model, plan, [EXAMPLE], "prefix")
     model.forward = forward
     monkeypatch.setattr(attention, "block_attention", lambda *args: real(*args) * float("nan"))
     with pytest.raises(ValueError, match="differs by nan"):
-        verify.verify_sharing(model, plan, EXAMPLE, "prefix")
+        verify.verify_sharing(model, plan, [EXAMPLE], "prefix")
 
 
 def test_check_start(caplog):
@@ -706,18 +734,6 @@ def test_lora(name, options, in_float64, monkeypatch):
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     agree(paths_and_gradients(model, forest_paths(model, "prefix")), own)
-
-
-def test_adapters_on_the_head_are_refused():
-    """They start as zeros: the probe cannot see that they would be left out."""
-    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="output layer carries an adapter"):
-        prepare_model(model)
-    model = build("llama")
-    prepare_model(model)
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="output layer carries an adapter"):
-        forest_paths(wrapped, "prefix")
 
 
 class _Wrapper(torch.nn.Module):

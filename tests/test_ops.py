@@ -5,14 +5,17 @@ import math
 
 import pytest
 import torch
-from op_tools import FLOORS, HALF, assert_within_rule, pairs, poison  # noqa: F401 - poison is autouse
+from hypothesis import given
+from hypothesis import strategies as st
+from op_tools import FLOORS, HALF, assert_within_rule, pairs, poison, small_tiles  # noqa: F401 - poison is autouse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast import reference
 from dpo_fast.backends import eager
 from dpo_fast.backends.sequences import segment_ids, segment_sum
+from dpo_fast.ops import WORKSPACE_BYTES, linear_token_logps, sequence_logps, token_logps
 from dpo_fast.ops import head as head_ops
-from dpo_fast.ops import linear_token_logps, sequence_logps, token_logps
+from dpo_fast.ops.tiles import as_columns, workspace_rows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -77,7 +80,7 @@ def agree(ours, theirs, rtol=1e-11):
 
 def few_rows(monkeypatch, v, rows, itemsize=8):
     """Tiles of `rows` rows; returns the workspace that keeps as many."""
-    monkeypatch.setitem(eager.TILE_BYTES, "cpu", rows * v * itemsize)
+    small_tiles(monkeypatch, rows * v * itemsize)
     return rows * v * itemsize
 
 
@@ -108,7 +111,7 @@ def test_every_subset_of_gradients_in_chunks(monkeypatch, needs, kept_rows):
 @pytest.mark.parametrize("tile", [1, 100])
 def test_a_tile_smaller_than_a_row(monkeypatch, needs, tile):
     batch = data(5, 3, 17)
-    monkeypatch.setitem(eager.TILE_BYTES, "cpu", tile)
+    small_tiles(monkeypatch, tile)
     ours = run(linear_token_logps, *batch, needs=needs, workspace_bytes=2 * 17 * 8)
     agree(ours, run(reference.linear_token_logps, *batch, needs=needs))
 
@@ -204,7 +207,7 @@ def test_a_second_derivative_is_refused(needs):
     leaves = {k: x.requires_grad_(k in needs) for k, x in leaves.items()}
     logps = linear_token_logps(leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"])
     (g,) = torch.autograd.grad(logps.square().sum(), leaves["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         g.sum().backward()
 
 
@@ -426,7 +429,7 @@ def test_a_frozen_head_never_holds_more_than_a_tile(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("kept_rows", "rows"), [(0, ROWS), (3 * ROWS, 3 * ROWS), (ROWS + 3, ROWS + 3)])
+@pytest.mark.parametrize(("kept_rows", "rows"), [(0, ROWS), (3 * ROWS, 3 * ROWS), (ROWS + 3, ROWS + 2)])
 def test_a_trained_head_keeps_no_more_than_the_workspace(monkeypatch, dtype, kept_rows, rows):
     kept = kept_rows * V * dtype.itemsize
     numel = largest(monkeypatch, linear_token_logps, dtype, workspace_bytes=kept, needs=NAMES, outputs=ALL)
@@ -459,13 +462,59 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     assert largest(monkeypatch, linear_token_logps, grad_mode=False) == ROWS * V
 
 
-def test_chunks_tile_the_rows(monkeypatch):
-    monkeypatch.setitem(eager.TILE_BYTES, "cpu", 4 * 10 * 8)
-    assert eager.chunks(10, 10, torch.float64, "cpu") == [(0, 4), (4, 8), (8, 10)]
-    assert eager.chunks(10, 10, torch.float64, "cpu", boundary=5) == [(0, 4), (4, 5), (5, 9), (9, 10)]
-    assert eager.chunks(10, 10, torch.float64, "cpu", boundary=99) == [(0, 4), (4, 8), (8, 10)]
-    assert eager.chunks(2, 1000, torch.float64, "cpu") == [(0, 1), (1, 2)]
-    assert eager.chunks(0, 10, torch.float64, "cpu") == []
+@given(n=st.integers(0, 70_000), limit=st.integers(0, 9000))
+def test_chunks_are_whole_steps_and_leave_no_single_row(n, limit):
+    rows = eager.whole_steps(limit) or eager.ROW_STEP
+    parts = eager.chunks(n, rows)
+    assert [a for a, _ in parts] == [0, *(b for _, b in parts[:-1])][: len(parts)]
+    assert parts[-1][1] == n if n else not parts
+    sizes = [b - a for a, b in parts]
+    assert all(0 < size <= rows for size in sizes)
+    assert all(size % 128 == 0 for size in sizes[:-1]) or (rows == 128 and sizes[-2:] == [127, 2])
+    assert sum(size < rows for size in sizes) <= 2
+    assert 1 not in sizes or n == 1
+
+
+@given(
+    v=st.integers(1, 1 << 21), dtype=st.sampled_from([*HALF, torch.float32]), device=st.sampled_from(["cpu", "cuda"])
+)
+def test_tiles_are_whole_steps_that_fit(v, dtype, device):
+    rows = eager.tile_rows(v, dtype, device)
+    most = eager.TILE_BYTES[device] // (v * dtype.itemsize)
+    assert rows % 128 == 0
+    assert rows % 256 == 0 or rows == 128
+    assert most - 255 <= rows <= max(most, 128)
+
+
+@given(n=st.integers(0, 20_000), limit=st.integers(0, 9000))
+def test_a_workspace_keeps_everything_or_whole_steps(n, limit):
+    kept = eager.rows_within(n, limit)
+    assert kept <= min(n, limit)
+    assert kept == n or kept % 128 == 0 or (kept, n) == (127, 129)
+    assert n - kept != 1 or n == 1
+    assert kept == n or limit - kept < 256 + 128
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+def test_coefficients_as_columns_keep_their_digits(dtype):
+    """The bias gradient is one product with them: in half precision two columns hold a float32's first 16 bits."""
+    wide = eager.wide_dtype(dtype)
+    coef = torch.randn(300, 1, dtype=wide, generator=torch.Generator().manual_seed(0))
+    columns = as_columns(coef, dtype)
+    assert columns.dtype == dtype
+    error = (columns.double().sum(1, keepdim=True) - coef.double()).abs() / coef.double().abs()
+    assert error.max() <= (2**-15 if dtype in HALF else 0)
+
+
+def test_rows_of_the_reference_shape():
+    """V 128256 in bf16 on a GPU: 1,024 rows of a frozen output layer at a time, 4,096 of a trained one."""
+    assert eager.tile_rows(128256, torch.bfloat16, "cuda") == 1024
+    assert (
+        eager.rows_within(16384, workspace_rows(torch.empty(128256, 0, dtype=torch.bfloat16), WORKSPACE_BYTES)) == 4096
+    )
+    assert eager.chunks(0, 1024) == []
+    assert eager.chunks(2500, 1024) == [(0, 1024), (1024, 2048), (2048, 2500)]
+    assert eager.chunks(2049, 1024) == [(0, 1024), (1024, 1920), (1920, 2049)]
 
 
 # ---- Refusals ----
@@ -474,13 +523,14 @@ def test_chunks_tile_the_rows(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": torch.zeros(1, 4, 3)}, r"hidden must be \[N, D\]"),
+        ({"hidden": torch.zeros(1, 1, 4, 3)}, r"hidden must be \[N, D\] or \[S, T, D\]"),
         ({"weight": torch.zeros(6, 2)}, r"got \(4, 3\) and \(6, 2\)"),
         ({"weight": torch.zeros(6)}, r"weight \[V, D\]"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, r"targets must be int64 \[4\]"),
         ({"targets": torch.zeros(4, dtype=torch.int32)}, "got torch.int32"),
         ({"targets": torch.tensor([0, 1, 2, 6])}, r"targets lie in \[0, 6\], outside the vocabulary \[0, 6\)"),
-        ({"targets": torch.tensor([0, 1, 2, -100])}, r"targets lie in \[-100, 2\]"),
+        ({"targets": torch.tensor([0, 1, 2, -100]), "ignore_index": None}, r"targets lie in \[-100, 2\]"),
+        ({"targets": torch.tensor([0, 1, 2, -1])}, r"outside the vocabulary \[0, 6\) and are not ignore_index=-100"),
         ({"bias": torch.zeros(5)}, r"bias must be \[6\]"),
         ({"softcap": 0.0}, "softcap must be above 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
@@ -627,7 +677,7 @@ def test_token_logps_backward_may_run_again(backend):
     assert torch.equal(first, torch.autograd.grad(logps, logits, grad.float())[0])
     logps = token_logps(logits, targets, backend=backend)
     (g,) = torch.autograd.grad(logps.square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         g.sum().backward()
 
 

@@ -139,7 +139,7 @@ def test_a_yaml_value_of_the_wrong_type_is_refused(name, value):
 # A value that each option of REFUSED does not take.
 OTHER = {
     "dataset_streaming": True, "streaming": True, "lora_task_type": "SEQ_CLS", "load_in_8bit": True,
-    "load_in_4bit": True, "push_to_hub": True, "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
+    "load_in_4bit": True, "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
     "average_tokens_across_devices": False, "parallelism_config": "x",
 }  # fmt: skip
 

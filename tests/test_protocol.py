@@ -144,7 +144,7 @@ def test_verify_sharing():
     plan = prepare_model(model)
     example = {"prompt_ids": PROMPTS[0], "chosen_ids": COMPLETIONS[0], "rejected_ids": COMPLETIONS[3]}
     for share in ("prefix", "prompt", "none"):
-        assert verify.verify_sharing(model, plan, example, share) < 1e-10
+        assert verify.verify_sharing(model, plan, [example], share) < 1e-10
 
     class Forgetful(LSTM):
         def hidden_states(self, input_ids, state=None):
@@ -154,7 +154,7 @@ def test_verify_sharing():
     model.load_state_dict(build().state_dict())
     plan = prepare_model(model)
     with pytest.raises(ValueError, match="verification failed"):
-        verify.verify_sharing(model, plan, example, "prefix")
+        verify.verify_sharing(model, plan, [example], "prefix")
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,14 @@ struct Logits {
         size(x.element_size()), stride(x.stride(0) * size), kernels(row_kernels(dtype)),
         targets(target_ids.const_data_ptr<int64_t>()) {
     TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || V == 1), "rows of logits have gaps");
-    TORCH_CHECK(target_ids.is_contiguous() && target_ids.numel() == N, "one target a row");
+    TORCH_CHECK(target_ids.is_contiguous() && target_ids.numel() == N, "one target per row");
   }
 
   char* row(int64_t n) const { return data + n * stride; }
+
+  bool inside(int64_t n) const { return targets[n] >= 0 && targets[n] < V; }
+  // The word of a row's target, or word 0 where there is none: nothing outside the row is touched.
+  int64_t target(int64_t n) const { return inside(n) ? targets[n] : 0; }
 
   float at(int64_t n, int64_t v) const {
     const char* p = row(n) + v * size;
@@ -102,8 +106,9 @@ struct Softmax {
         slope(scale / temperature), temperature(temperature) {}
 
   // z - shift of a row's target, to the bit what the row's sums hold for it: tanh is not the same in every library.
+  // NaN for a target outside the row.
   float at_target(const Logits& x, int64_t n, float shift) const {
-    return x.kernels.distance(x.row(n) + x.targets[n] * x.size, transform, shift);
+    return x.inside(n) ? x.kernels.distance(x.row(n) + x.target(n) * x.size, transform, shift) : NAN;
   }
 
   // dz/dx over scale / temperature.
@@ -130,7 +135,7 @@ void each(const Rows& rows, F f) {
   });
 }
 
-// The log-prob of a row's target; NaN where the row holds NaN, +inf or nothing but -inf.
+// The log-prob of a row's target; NaN where the row holds NaN, +inf or nothing but -inf, or has no such word.
 float log_prob(const RowSums& sums, float below_top) {
   return std::isfinite(sums.top) ? float(below_top - std::log(double(sums.total))) : NAN;
 }
@@ -151,9 +156,9 @@ void write_gradient(const Logits& x, const Logits& out, int64_t n, const Softmax
     std::memset(out.row(n), 0, out.V * out.size);
     return;
   }
-  const int64_t target = x.targets[n];
+  const int64_t target = x.target(n);
   const float at_target = factor * rest * softmax.bend(x.at(n, target));
-  if (std::isfinite(shift)) {
+  if (std::isfinite(shift) && !std::isnan(rest)) {
     x.kernels.gradient(x.row(n), out.row(n), x.V, softmax.transform, shift, -factor * weight);
     out.set(n, target, at_target);
   } else {
@@ -161,7 +166,8 @@ void write_gradient(const Logits& x, const Logits& out, int64_t n, const Softmax
   }
 }
 
-// A gradient is fresh memory: the kernel hands it out 4 KB at a time, which takes longer than to compute it, unless asked.
+// A gradient is fresh memory, which the kernel hands out 4 KB at a time unless it is asked for more: that takes longer
+// than the gradient's computation.
 void prefer_huge_pages(const Tensor& out) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 2 << 20;
@@ -204,7 +210,7 @@ void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
   const Logits x(logits, targets), g(out, targets);
   if (g.data != x.data) prefer_huge_pages(out);
   const Softmax softmax(scale, softcap, temperature);
-  TORCH_CHECK(lse.numel() == x.N && coef.numel() == x.N, "one lse and one coef a row");
+  TORCH_CHECK(lse.numel() == x.N && coef.numel() == x.N, "one lse and one coef per row");
   const Tensor lse_row = lse.to(at::kFloat).contiguous(), coef_row = coef.to(at::kFloat).contiguous();
   const float *lse_ptr = lse_row.const_data_ptr<float>(), *coef_ptr = coef_row.const_data_ptr<float>();
   const auto [scored, ignored] = sorted_rows(x, ignore_index);
@@ -215,29 +221,29 @@ void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
   zero(g, ignored);
 }
 
-std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets, double scale,
-                                     std::optional<double> softcap, double temperature, bool statistics) {
+std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets, int64_t ignore_index, double scale,
+                                     std::optional<double> softcap, double temperature, bool statistics, int64_t) {
   const Logits x(logits, targets);
   const Softmax softmax(scale, softcap, temperature);
   const auto options = logits.options().dtype(at::kFloat);
-  Tensor logps = at::empty({x.N}, options), stats = at::empty({statistics ? 4 : 0, x.N}, options);
+  Tensor logps = at::zeros({x.N}, options), stats = at::zeros({statistics ? 4 : 0, x.N}, options);
   float* logps_ptr = logps.data_ptr<float>();
   float* stats_ptr = statistics ? stats.data_ptr<float>() : nullptr;
-  at::parallel_for(0, x.N, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++) {
-      const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, statistics);
-      logps_ptr[n] = log_prob(sums, softmax.at_target(x, n, sums.top));
-      if (statistics) write_statistics(stats_ptr, n, sums, x, softmax);
-      write_gradient(x, x, n, softmax, sums.top, 1 / sums.total, -std::expm1(logps_ptr[n]), softmax.slope);
-    }
+  const auto [scored, ignored] = sorted_rows(x, ignore_index);
+  each(scored, [&](int64_t n) {
+    const RowSums sums = x.kernels.reduce(x.row(n), x.V, softmax.transform, statistics);
+    logps_ptr[n] = log_prob(sums, softmax.at_target(x, n, sums.top));
+    if (statistics) write_statistics(stats_ptr, n, sums, x, softmax);
+    write_gradient(x, x, n, softmax, sums.top, 1 / sums.total, -std::expm1(logps_ptr[n]), softmax.slope);
   });
+  zero(x, ignored);
   return {logps, stats};
 }
 
 std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets, const Tensor& cu_rows,
                                      const std::optional<Tensor>& ref_logps, double grad_scale, int64_t loss,
                                      double beta, double label_smoothing, double tau, double gamma,
-                                     int64_t ignore_index, const Tensor& out) {
+                                     int64_t ignore_index, const Tensor& out, int64_t) {
   check_out(out, logits);
   const Logits x(logits, targets), g(out, targets);
   if (g.data != x.data) prefer_huge_pages(out);

@@ -17,7 +17,7 @@ namespace dpo_fast {
 inline namespace CPU_CAPABILITY {
 
 using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kUnit = 2 * Vec::size();  // entries a step: two vectors of float32, one of half precision
+constexpr int64_t kUnit = 2 * Vec::size();  // entries per step: two vectors of float32, one of half precision
 constexpr int64_t kBlock = 2048;            // entries whose maximum and exponentials are taken together
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 

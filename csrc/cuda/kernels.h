@@ -1,4 +1,4 @@
-// The CUDA kernels as plain functions: raw pointers, sizes and a stream, no torch. Semantics: dpo_fast/reference.py.
+// The CUDA kernels as plain functions: raw pointers, sizes and a stream, no torch. Semantics: dpo_fast/backends/eager.py.
 //
 // Each enqueues its work and returns cudaGetLastError(). Strides are in words. Without rows nothing is launched.
 #pragma once
@@ -22,7 +22,7 @@ struct Logits {
   Dtype dtype;
 };
 
-// [N], in [0, V) or ignore_index.
+// [N], in [0, V) or ignore_index; another target reads nothing outside its row and makes the row NaN.
 struct Targets {
   const int64_t* data;
   int64_t ignore_index;
@@ -33,7 +33,7 @@ struct Transform {
   double scale, softcap, temperature;
 };
 
-// statistics: [4, N] in the order of reference.OUTPUTS, or null.
+// statistics: [4, N] in the order of eager.OUTPUTS, or null.
 cudaError_t logps_fwd(const Logits& x, const Targets& targets, const Transform& transform, float* logps, float* lse,
                       float* statistics, cudaStream_t stream);
 
@@ -41,9 +41,9 @@ cudaError_t logps_fwd(const Logits& x, const Targets& targets, const Transform& 
 cudaError_t logps_bwd(const Logits& x, const Targets& targets, const float* lse, const float* coef,
                       const Transform& transform, void* out, int64_t stride_out, cudaStream_t stream);
 
-// No target is ignored; targets.ignore_index is not read.
+// blocks_per_sm: 2, or 1, which has half as many rows between their two reads at a time.
 cudaError_t residual_(const Logits& x, const Targets& targets, const Transform& transform, float* logps,
-                      float* statistics, cudaStream_t stream);
+                      float* statistics, int blocks_per_sm, cudaStream_t stream);
 
 // `parts` pieces of memory, each of `length` words, are multiplied by *factor; nothing is read where it is 1.
 cudaError_t scale_(void* x, Dtype dtype, int64_t parts, int64_t stride, int64_t length, const float* factor,
@@ -58,8 +58,8 @@ struct Pairs {
   LossOptions options;
 };
 
-// The 4 (3N + 3B + 1) bytes at `workspace` need not be zero.
+// The 4 (3N + 3B + 1) bytes at `workspace` need not be zero. blocks_per_sm: 3, or 1.
 cudaError_t dpo_fused(const Logits& x, const Targets& targets, const Pairs& pairs, float* losses, float* logps,
-                      void* out, int64_t stride_out, void* workspace, cudaStream_t stream);
+                      void* out, int64_t stride_out, void* workspace, int blocks_per_sm, cudaStream_t stream);
 
 }  // namespace dpo_fast::cuda

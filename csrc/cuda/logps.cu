@@ -1,11 +1,11 @@
-// Log-probs of target words from logits [N, V], their gradient, and both in one launch for a head's own tile.
+// Log-probs of target words from logits [N, V], their gradient, and both in one launch for the output layer's own tile.
 //
 //   logps_fwd   logp = z[target] - logsumexp(z)                         1 read of the scored rows
 //   logps_bwd   out = coef * (onehot - softmax(z)) * dz/dx              1 read, 1 write
 //   residual_   logp, and the row becomes (onehot - softmax) * dz/dx    1 read from memory, 1 from L2, 1 write
 //   scale_      a gradient times the one number backward() brings       nothing where it is 1, else 1 read, 1 write
 //
-// One block a row (rows.cuh). Rows whose target is ignored, or whose coefficient is 0, are not read.
+// One block works on one row (rows.cuh). Rows whose target is ignored, or whose coefficient is 0, are not read.
 
 #include <algorithm>
 
@@ -15,7 +15,9 @@ namespace dpo_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// A head's tile may have no more rows than a GPU has SMs: twice the warps a row keep as many loads in flight.
+// The tile of an output layer may have no more rows than a GPU has SMs: twice the warps per row keep as many loads in
+// flight, in two blocks per SM or in one of twice the threads, with half as many rows between their two reads (more of
+// the second reads can come from L2; not measured yet).
 constexpr int kResidualThreads = 512;
 
 // What thread 0 stores of a row; picked is z[target].
@@ -42,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const bool scored = target != targets.ignore_index;
   if (scored) {
     const T* row = static_cast<const T*>(x.data) + n * x.stride;
-    picked = transform.z(to_float(row[target]));
+    const Target word = checked(target, x.V);
+    picked = transform.z(to_float(row[word.index])) + word.fault;
     found = reduce_row<kStatistics>(row, x.V, transform);
   }
   if (threadIdx.x != 0) return;
@@ -58,24 +61,31 @@ __global__ void __launch_bounds__(kThreads, 3)
   const float c = coef[n];
   if (target != targets.ignore_index && c != 0) {
     const T* row = static_cast<const T*>(x.data) + n * x.stride;
-    write_gradient(row, out + n * stride_out, x.V, target, c, lse[n], 0, transform);
+    const Target word = checked(target, x.V);
+    write_gradient(row, out + n * stride_out, x.V, word.index, c + word.fault, lse[n], 0, transform);
   } else {
     write_zeros(out + n * stride_out, x.V);
   }
 }
 
-template <class T, class Z, bool kStatistics>
-__global__ void __launch_bounds__(kResidualThreads, 2)
+template <class T, class Z, bool kStatistics, int kBlocks>
+__global__ void __launch_bounds__(2 * kResidualThreads / kBlocks, kBlocks)
     residual_kernel(Logits x, Targets targets, Z transform, float temperature, float* logps, float* statistics) {
   const int64_t n = blockIdx.x, target = targets.data[n];
   T* row = static_cast<T*>(x.data) + n * x.stride;
-  const float picked = transform.z(to_float(row[target]));
+  if (target == targets.ignore_index) {
+    if (threadIdx.x == 0) store_row<kStatistics>(n, x, false, 0, Row{0, 0, 0, 0, 0}, temperature, logps, statistics);
+    write_zeros(row, x.V);
+    return;
+  }
+  const Target word = checked(target, x.V);
+  const float picked = transform.z(to_float(row[word.index])) + word.fault;
   const Row found = reduce_row<kStatistics>(row, x.V, transform);
   if (threadIdx.x == 0) store_row<kStatistics>(n, x, true, picked, found, temperature, logps, statistics);
-  write_gradient(row, row, x.V, target, 1, found.top, found.log_total, transform);
+  write_gradient(row, row, x.V, word.index, 1 + word.fault, found.top, found.log_total, transform);
 }
 
-// Words that a block takes at a time.
+// The words that a block takes at a time.
 constexpr int kPiece = 8192;
 
 template <class T>
@@ -130,14 +140,17 @@ cudaError_t logps_bwd(const Logits& x, const Targets& targets, const float* lse,
 }
 
 cudaError_t residual_(const Logits& x, const Targets& targets, const Transform& transform, float* logps,
-                      float* statistics, cudaStream_t stream) {
+                      float* statistics, int blocks_per_sm, cudaStream_t stream) {
   if (x.N == 0) return cudaSuccess;
   return with_type(x.dtype, [&](auto word) {
     using T = decltype(word);
     with_transform(transform, [&](auto z) {
       using Z = decltype(z);
-      const auto kernel = statistics ? residual_kernel<T, Z, true> : residual_kernel<T, Z, false>;
-      const int threads = threads_for<T>(x.V, kResidualThreads);
+      const bool two = blocks_per_sm == 2;
+      const auto kernel = statistics ? two ? residual_kernel<T, Z, true, 2> : residual_kernel<T, Z, true, 1>
+                          : two      ? residual_kernel<T, Z, false, 2>
+                                     : residual_kernel<T, Z, false, 1>;
+      const int threads = threads_for<T>(x.V, 2 * kResidualThreads / blocks_per_sm);
       kernel<<<x.N, threads, 0, stream>>>(x, targets, z, transform.temperature, logps, statistics);
     });
   });
@@ -146,7 +159,7 @@ cudaError_t residual_(const Logits& x, const Targets& targets, const Transform& 
 cudaError_t scale_(void* x, Dtype dtype, int64_t parts, int64_t stride, int64_t length, const float* factor,
                    cudaStream_t stream) {
   if (parts == 0 || length == 0) return cudaSuccess;
-  // Enough blocks for 64 KB in flight an SM on the largest GPUs, and few to start where the factor is 1.
+  // Enough blocks for 64 KB in flight per SM on the largest GPUs, and few to start where the factor is 1.
   const int blocks = std::min<int64_t>(1024, parts * ((length - 1) / kPiece + 1));
   return with_type(dtype, [&](auto word) {
     using T = decltype(word);

@@ -32,13 +32,13 @@ Dtype dtype_of(const Tensor& x) {
 
 Logits logits_of(const Tensor& x) {
   TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1), "rows of logits have gaps");
-  TORCH_CHECK(x.size(1) < std::numeric_limits<int>::max() / 2, "too many words a row: ", x.size(1));
+  TORCH_CHECK(x.size(1) < std::numeric_limits<int>::max() / 2, "too many words per row: ", x.size(1));
   TORCH_CHECK(x.size(0) <= std::numeric_limits<int>::max() / 2, "too many rows: ", x.size(0));
   return {x.data_ptr(), x.stride(0), x.size(0), int(x.size(1)), dtype_of(x)};
 }
 
-Targets targets_of(const Tensor& targets, const Tensor& logits, int64_t ignore_index = -1) {
-  TORCH_CHECK(targets.is_contiguous() && targets.numel() == logits.size(0), "one target a row");
+Targets targets_of(const Tensor& targets, const Tensor& logits, int64_t ignore_index) {
+  TORCH_CHECK(targets.is_contiguous() && targets.numel() == logits.size(0), "one target per row");
   TORCH_CHECK(targets.device() == logits.device(), "targets are on ", targets.device());
   return {targets.const_data_ptr<int64_t>(), ignore_index};
 }
@@ -77,7 +77,7 @@ void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
                double scale, std::optional<double> softcap, double temperature, const Tensor& out) {
   const c10::cuda::CUDAGuard guard(logits.device());
   check_out(out, logits);
-  TORCH_CHECK(lse.numel() == logits.size(0) && coef.numel() == logits.size(0), "one lse and one coef a row");
+  TORCH_CHECK(lse.numel() == logits.size(0) && coef.numel() == logits.size(0), "one lse and one coef per row");
   const Tensor lse_row = floats(lse, logits), coef_row = floats(coef, logits);
   C10_CUDA_CHECK(cuda::logps_bwd(logits_of(logits), targets_of(targets, logits, ignore_index),
                                  lse_row.const_data_ptr<float>(), coef_row.const_data_ptr<float>(),
@@ -85,20 +85,24 @@ void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
                                  c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets, double scale,
-                                     std::optional<double> softcap, double temperature, bool statistics) {
+std::tuple<Tensor, Tensor> residual_(const Tensor& logits, const Tensor& targets, int64_t ignore_index, double scale,
+                                     std::optional<double> softcap, double temperature, bool statistics,
+                                     int64_t blocks_per_sm) {
+  TORCH_CHECK(blocks_per_sm == 2 || blocks_per_sm == 1, "blocks_per_sm is 2 or 1");
   const c10::cuda::CUDAGuard guard(logits.device());
   const Logits x = logits_of(logits);
   Tensor logps = empty(logits, {x.N}), stats = empty(logits, {statistics ? 4 : 0, x.N});
-  C10_CUDA_CHECK(cuda::residual_(x, targets_of(targets, logits), transform_of(scale, softcap, temperature),
-                                 logps.data_ptr<float>(), pointer_or_null(stats), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::residual_(x, targets_of(targets, logits, ignore_index),
+                                 transform_of(scale, softcap, temperature), logps.data_ptr<float>(),
+                                 pointer_or_null(stats), int(blocks_per_sm), c10::cuda::getCurrentCUDAStream()));
   return {logps, stats};
 }
 
 std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets, const Tensor& cu_rows,
                                      const std::optional<Tensor>& ref_logps, double grad_scale, int64_t loss,
                                      double beta, double label_smoothing, double tau, double gamma,
-                                     int64_t ignore_index, const Tensor& out) {
+                                     int64_t ignore_index, const Tensor& out, int64_t blocks_per_sm) {
+  TORCH_CHECK(blocks_per_sm == 3 || blocks_per_sm == 1, "blocks_per_sm is 3 or 1");
   const c10::cuda::CUDAGuard guard(logits.device());
   check_out(out, logits);
   const Logits x = logits_of(logits);
@@ -118,19 +122,22 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
                     {Loss(loss), float(beta), float(label_smoothing), float(tau), float(gamma)}};
   C10_CUDA_CHECK(cuda::dpo_fused(x, targets_of(targets, logits, ignore_index), pairs, losses.data_ptr<float>(),
                                  logps.data_ptr<float>(), out.data_ptr(), out.stride(0), workspace.data_ptr(),
-                                 c10::cuda::getCurrentCUDAStream()));
+                                 int(blocks_per_sm), c10::cuda::getCurrentCUDAStream()));
   return {losses, logps};
+}
+
+// A view [parts, length] of x whose parts are as long as its strides allow.
+Tensor as_parts(const Tensor& x) {
+  if (x.is_contiguous()) return x.view({1, -1});
+  return x.select(0, 0).is_contiguous() ? x.flatten(1) : x.view({-1, x.size(-1)});
 }
 
 void scale_(const Tensor& x, const Tensor& factor) {
   const c10::cuda::CUDAGuard guard(x.device());
   if (x.numel() == 0) return;
-  const bool whole = x.is_contiguous();
-  TORCH_CHECK(whole || x.select(0, 0).is_contiguous(), "x is contiguous, or each x[i] is");
   TORCH_CHECK(factor.numel() == 1, "one factor");
-  const int64_t parts = whole ? 1 : x.size(0);
-  const Tensor number = floats(factor, x);
-  C10_CUDA_CHECK(cuda::scale_(x.data_ptr(), dtype_of(x), parts, whole ? 0 : x.stride(0), x.numel() / parts,
+  const Tensor parts = as_parts(x), number = floats(factor, x);
+  C10_CUDA_CHECK(cuda::scale_(x.data_ptr(), dtype_of(x), parts.size(0), parts.stride(0), parts.size(1),
                               number.const_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -7,10 +7,10 @@
 //              `z - (top + log_total)` rounds away when the logits are far from zero
 //   gradient   coef * (onehot - exp(z - top - log_total)) * dz/dx
 //
-// A row is read in vectors of 16 bytes, kLoads of them in flight a thread: with three blocks of 256 threads 48 KB an
-// SM (counted, not measured). An odd V puts rows at odd addresses: the few words before the
-// first and after the last whole vector (the edges) then go one a thread. Where x and out do not lie alike, both are
-// taken word by word, neighbours to neighbouring threads.
+// A row is read in vectors of 16 bytes, kLoads of them in flight per thread: with three blocks of 256 threads 48 KB per
+// SM (counted, not measured). An odd V puts rows at odd addresses: each of the few words before the first and after the
+// last whole vector (the edges) then goes to one thread. Where x and out are not aligned alike, both are taken word by
+// word, neighbours to neighbouring threads.
 //
 // A row stays in no block between its two reads. In the one launch the gradient waits for all rows of the pair; and a
 // row of 128256 words in bfloat16 has 250 KB, more than the 227 KB of an SM, which would hold one block for it alone.
@@ -57,6 +57,16 @@ template <class T>
 struct alignas(16) Vector {
   T words[kVector<T>];
 };
+
+// A target as an index into its row, and what its log-prob gains: 0, or NaN for a target outside [0, V).
+struct Target {
+  int64_t index;
+  float fault;
+};
+
+__device__ __forceinline__ Target checked(int64_t target, int V) {
+  return target >= 0 && target < V ? Target{target, 0.0f} : Target{0, __int_as_float(0x7fffffff)};
+}
 
 // ---- Transforms: z of a word, and d z / d x = factor() * slope ----
 

@@ -5,12 +5,14 @@ know rows of logits, nothing of autograd, and of sequences only where the rows o
 
     logps_fwd   log-probs of the targets, and statistics            1 read of the scored rows
     logps_bwd   their gradient times one number per row             1 read, 1 write
-    residual_   log-probs, and their gradient over the logits       1 read, 1 write
+    residual_   log-probs, and their gradient over the logits       1 read, 1 write (of the scored rows)
     dpo_fused   log-probs, losses and gradient of all pairs         2 reads, 1 write
     scale_      a tensor times a number that is on the device       nothing where the number is 1
 
 `logits` are [N, V] with entries of a row next to each other and rows of any stride, `targets` [N] int64 in [0, V) or
 `ignore_index`. Rows with an ignored target are not read: their log-prob, log-sum-exp, statistics and gradient are 0.
+Any other target outside [0, V) reads nothing outside its row: its log-prob and its gradient are NaN, and so are the loss
+and the gradient of its pair.
 What comes back is float32, float64 for float64 logits. The logits x are transformed, in the order models do it, to
 `z = softcap * tanh(scale * x / softcap) / temperature`.
 """
@@ -21,13 +23,15 @@ import torch
 from torch import Tensor
 
 from ..losses import LossOptions, loss_and_coefficients
-from .sequences import scored_lengths, segment_ids, segment_sum
+from .sequences import past_shorter_weights, scored_lengths, segment_ids, segment_sum
 
 # Per-row statistics beside the log-probs; none carries a gradient.
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 # Logits of one chunk of rows between two matrix products: on a CPU so many that the products run at full
-# speed (512 x 576 x 49152 in float32, two cores: two products in 351 ms with 512 rows a tile, 379 with 256, 458 with 128).
+# speed (512 x 576 x 49152 in float32, two cores: two products in 351 ms with 512 rows per tile, 379 with 256, 458 with 128).
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
+# Rows of a chunk are a multiple of this, better of twice as many: a GPU's products work on so many rows at a time.
+ROW_STEP = 128
 # Of the float32 copies of rows that a launcher makes at a time, a thread: they stay in a core's cache and in the heap.
 ROW_BYTES = 2 << 20
 
@@ -71,20 +75,18 @@ def logps_fwd(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probs [N], log-sum-exp [N] of the transformed logits, and the named statistics [N] (`is_top1` as bool)."""
     wide, scored = wide_dtype(logits.dtype), targets != ignore_index
-    safe = targets.masked_fill(~scored, 0)[:, None]
+    safe, fault = _checked(targets, logits)
     logps, lse = (logits.new_zeros(len(targets), dtype=wide) for _ in range(2))
     stats = {name: torch.zeros_like(logps, dtype=torch.bool if name == "is_top1" else wide) for name in outputs}
     for a, b in _scored_blocks(scored, logits):
         z = transform_logits(logits[a:b].to(wide), scale, softcap, temperature)
         log_probs = torch.log_softmax(z, dim=-1)
-        logps[a:b] = log_probs.gather(-1, safe[a:b])[:, 0]
+        logps[a:b] = log_probs.gather(-1, safe[a:b])[:, 0] + fault[a:b]
         # At the largest entry, where the difference loses nothing.
         lse[a:b] = z.amax(-1) - log_probs.amax(-1)
         for name in outputs:
             stats[name][a:b] = _statistic(name, z, log_probs, logps[a:b], temperature)
-    if logits.is_cuda:
-        for x in (logps, lse, *stats.values()):
-            x.masked_fill_(~scored, 0)
+    _zero_ignored(scored, None, (logps, lse, *stats.values()))
     return logps, lse, stats
 
 
@@ -102,8 +104,8 @@ def logps_bwd(
 ) -> Tensor:
     """`out[n] = coef[n] * d logps[n] / d logits[n]`; returns `out`."""
     wide, scored = wide_dtype(logits.dtype), targets != ignore_index
-    safe = targets.masked_fill(~scored, 0)[:, None]
-    factor = (coef.to(wide) * (scale / temperature))[:, None]
+    safe, fault = _checked(targets, logits)
+    factor = (coef.to(wide) * (scale / temperature) + fault)[:, None]
     for a, b in _scored_blocks(scored, logits):
         z = transform_logits(logits[a:b].to(wide), scale, softcap, temperature)
         slope = None if softcap is None else 1 - (z * (temperature / softcap)) ** 2
@@ -113,16 +115,15 @@ def logps_bwd(
         if slope is not None:
             g.mul_(slope)
         out[a:b] = g.masked_fill_(~scored[a:b, None], 0) if logits.is_cuda else g
-    if not logits.is_cuda:
-        for a, b in _runs(~scored):
-            out[a:b] = 0
+    _zero_ignored(scored, out, ())
     return out
 
 
 def residual_(
     logits: Tensor,  # [N, V], overwritten
-    targets: Tensor,  # [N], none ignored
+    targets: Tensor,  # [N]
     *,
+    ignore_index: int = -100,
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -134,19 +135,22 @@ def residual_(
 
     without a coefficient, which is too small for half precision and is not known yet.
     """
-    wide, targets = wide_dtype(logits.dtype), targets[:, None]
-    logps = logits.new_empty(len(targets), dtype=wide)
-    stats = {name: torch.empty_like(logps, dtype=torch.bool if name == "is_top1" else wide) for name in outputs}
-    for a, b in row_blocks(0, len(targets), logits):
+    wide, scored = wide_dtype(logits.dtype), targets != ignore_index
+    safe, fault = _checked(targets, logits)
+    logps = logits.new_zeros(len(targets), dtype=wide)
+    stats = {name: torch.zeros_like(logps, dtype=torch.bool if name == "is_top1" else wide) for name in outputs}
+    for a, b in _scored_blocks(scored, logits):
         z = transform_logits(logits[a:b].to(wide), scale, softcap, temperature)
         log_probs = torch.log_softmax(z, dim=-1)
-        logps[a:b] = log_probs.gather(-1, targets[a:b])[:, 0]
+        logps[a:b] = log_probs.gather(-1, safe[a:b])[:, 0] + fault[a:b]
         for name in outputs:
             stats[name][a:b] = _statistic(name, z, log_probs, logps[a:b], temperature)
-        g = log_probs.exp_().scatter_(-1, targets[a:b], torch.expm1(logps[a:b, None])).mul_(-scale / temperature)
+        factor = -scale / temperature + fault[a:b, None]
+        g = log_probs.exp_().scatter_(-1, safe[a:b], torch.expm1(logps[a:b, None])).mul_(factor)
         if softcap is not None:
             g.mul_(1 - (z * (temperature / softcap)) ** 2)
-        logits[a:b] = g
+        logits[a:b] = g.masked_fill_(~scored[a:b, None], 0) if logits.is_cuda else g
+    _zero_ignored(scored, logits, (logps, *stats.values()))
     return logps, stats
 
 
@@ -184,19 +188,29 @@ def dpo_two_launches(
     *,
     options: LossOptions,
     pair_weights: Tensor | None = None,  # [B]
+    label_smoothing: Tensor | None = None,  # [B]; None: the number in `options`
     mean_chosen_length: Tensor | None = None,
+    ld_alpha: float | None = None,
     ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every loss: the loss, losses [B] and summed log-probs [2B]; `out = grad_scale * B * d loss / d logits`."""
+    """Every loss: the loss, losses [B] and log-probs [2B]; `out = grad_scale * B * d loss / d logits`."""
     forward, backward = launch
-    transform = {"ignore_index": ignore_index, "scale": 1.0, "softcap": None, "temperature": 1.0}
-    token_logps, lse, _ = forward(logits, targets, outputs=(), **transform)
-    logps = segment_sum(token_logps, cu_rows)
+    common = {"ignore_index": ignore_index, "scale": scale, "softcap": softcap, "temperature": temperature}
+    token_logps, lse, _ = forward(logits, targets, outputs=(), **common)
+    weights = None
+    if ld_alpha is not None:
+        weights = past_shorter_weights(targets != ignore_index, cu_rows, ld_alpha).to(token_logps.dtype)
+        token_logps = token_logps * weights
     lengths = scored_lengths(targets, ignore_index, cu_rows)
-    loss, losses, coef = loss_and_coefficients(options, logps, lengths, ref_logps, pair_weights, mean_chosen_length)
+    per_pair = pair_weights, label_smoothing, mean_chosen_length
+    summed = segment_sum(token_logps, cu_rows)
+    loss, losses, coef, logps = loss_and_coefficients(options, summed, lengths, ref_logps, *per_pair)
     coef = (coef * (grad_scale * (len(logps) // 2)))[segment_ids(cu_rows, len(targets))]
-    backward(logits, targets, lse, coef, out=out, **transform)
+    backward(logits, targets, lse, coef if weights is None else coef * weights, out=out, **common)
     return loss, losses, logps
 
 
@@ -210,13 +224,30 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 # ---- Rows at a time ----
 
 
-def chunks(n: int, v: int, dtype: torch.dtype, device: str, boundary: int = 0) -> list[tuple[int, int]]:
-    """Row ranges whose [rows, V] tile fits TILE_BYTES, none across `boundary`."""
-    rows = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (v * dtype.itemsize))
-    parts = []
-    for start, end in ((0, min(boundary, n)), (min(boundary, n), n)):
-        parts += [(a, min(a + rows, end)) for a in range(start, end, rows)]
-    return parts
+def whole_steps(rows: int) -> int:
+    """The largest multiple of 2 * ROW_STEP that is not above `rows`, or of ROW_STEP where that is 0."""
+    return rows // (2 * ROW_STEP) * (2 * ROW_STEP) or rows // ROW_STEP * ROW_STEP
+
+
+def tile_rows(v: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a tile [rows, V] of TILE_BYTES: whole steps, and at least one."""
+    return max(whole_steps(TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (v * dtype.itemsize)), ROW_STEP)
+
+
+def chunks(n: int, rows: int) -> list[tuple[int, int]]:
+    """[0, n) in ranges of `rows`, whole steps, and what is left: never a single row, which costs a product a whole step."""
+    starts = list(range(0, n, rows))
+    if n > 1 and rows > 1 and n - starts[-1] == 1:
+        # The chunk before gives a step of its rows, or one row where a step is all it has.
+        starts[-1] -= ROW_STEP if rows > ROW_STEP else 1
+    return list(zip(starts, [*starts[1:], n], strict=False))
+
+
+def rows_within(n: int, limit: int) -> int:
+    """How many of n rows a workspace of `limit` rows holds: all of them, or whole steps that leave no single row."""
+    if n <= limit:
+        return n
+    return chunks(n, whole_steps(limit))[0][1] if limit >= ROW_STEP else 0
 
 
 def _runs(mask: Tensor) -> list[tuple[int, int]]:
@@ -232,6 +263,23 @@ def row_blocks(start: int, end: int, logits: Tensor) -> list[tuple[int, int]]:
     budget = TILE_BYTES["cuda"] if logits.is_cuda else ROW_BYTES * torch.get_num_threads()
     rows = max(1, budget // (logits.shape[1] * wide_dtype(logits.dtype).itemsize))
     return [(a, min(a + rows, end)) for a in range(start, end, rows)]
+
+
+def _checked(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets as indices into their rows [N, 1], and what their log-probs gain [N]: 0, or NaN outside the vocabulary."""
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    fault = torch.zeros(len(targets), dtype=wide_dtype(logits.dtype), device=logits.device)
+    return targets.masked_fill(~inside, 0)[:, None], fault.masked_fill_(~inside, torch.nan)
+
+
+def _zero_ignored(scored: Tensor, rows: Tensor | None, numbers: tuple[Tensor, ...]) -> None:
+    """Zeros where a row is not scored: on a GPU, where all rows were computed, in `numbers` [N], else in `rows` [N, V]."""
+    if scored.is_cuda:
+        for x in numbers:
+            x.masked_fill_(~scored, 0)
+    elif rows is not None:
+        for a, b in _runs(~scored):
+            rows[a:b] = 0
 
 
 def _scored_blocks(scored: Tensor, logits: Tensor) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """The launchers of the compiled extension (csrc/), with the signatures of eager.py.
 
 What stands here is the way to its ops, torch.ops.dpo_fast_csrc.*; the dispatcher takes the processor's or CUDA's.
+`blocks_per_sm` of CUDA's kernels is 3 or 1 for the one launch, 2 or 1 for `residual_` (csrc/cuda says why).
 """
 
 import importlib
@@ -36,8 +37,11 @@ def logps_bwd(logits, targets, lse, coef, *, ignore_index=-100, scale=1.0, softc
     return out
 
 
-def residual_(logits, targets, *, scale=1.0, softcap=None, temperature=1.0, outputs=()):
-    logps, stats = _ops.residual_(logits, targets, scale, softcap, temperature, bool(outputs))
+def residual_(
+    logits, targets, *, ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, outputs=(), blocks_per_sm=2
+):
+    options = ignore_index, scale, softcap, temperature, bool(outputs), blocks_per_sm
+    logps, stats = _ops.residual_(logits, targets, *options)
     return logps, _named(stats, outputs)
 
 
@@ -55,12 +59,12 @@ def dpo_fused(
     simpo_gamma,
     ignore_index=-100,
     out,
+    blocks_per_sm=3,
 ):
     assert not isinstance(grad_scale, Tensor), "a number: to read it off a device would be a wait"
     numbers = beta, label_smoothing, discopop_tau, simpo_gamma
-    losses, logps = _ops.dpo_fused(
-        logits, targets, cu_rows, ref_logps, grad_scale, LOSS_IDS[loss_type], *numbers, ignore_index, out
-    )
+    given = logits, targets, cu_rows, ref_logps, grad_scale
+    losses, logps = _ops.dpo_fused(*given, LOSS_IDS[loss_type], *numbers, ignore_index, out, blocks_per_sm)
     return losses, logps, out
 
 

@@ -19,6 +19,17 @@ def segment_ids(cu_rows: Tensor, n: int) -> Tensor:
     return torch.searchsorted(cu_rows, rows, right=True) - 1
 
 
+def past_shorter_weights(scored: Tensor, cu_rows: Tensor, ld_alpha: float) -> Tensor:
+    """[N] bool, [2B + 1] -> [N] float32: `ld_alpha` past the shorter length of the pair, 1 up to there (LD-DPO, arXiv 2409.06411)."""
+    count = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
+    starts = count[cu_rows.long()]
+    chosen, rejected = starts.diff().chunk(2)
+    shared = torch.minimum(chosen, rejected).repeat(2)
+    sequence = segment_ids(cu_rows, scored.shape[0])
+    position = count[:-1] - starts[sequence]
+    return torch.where(position < shared[sequence], 1.0, ld_alpha)
+
+
 def scored_lengths(targets: Tensor, ignore_index: int, cu_rows: Tensor | None = None) -> Tensor:
     """Scored tokens of each sequence, int32: [S, T] -> [S], or [N] with `cu_rows` [S + 1] -> [S]."""
     scored = targets != ignore_index

@@ -22,7 +22,7 @@ of the YAML file; flags override the file. A yes-or-no option needs no value, an
 def help_text(actions: dict[str, argparse.Action]) -> str:
     """All options: sections of ours, one line per option, then names of those that change nothing here."""
     idle = {*unused.UNUSED, *cli.OLD_UNUSED}
-    refused = {*cli.REFUSED, *config.REFUSED, *cli.QUANTISATION, *cli.HUB}
+    refused = {*cli.REFUSED, *config.REFUSED, *cli.QUANTISATION}
     # DPOConfig's own: what transformers has by the same name is among them where the default or meaning differs.
     ours = [name for name in DPOConfig.__annotations__ if name in actions]
     sections = {

@@ -106,7 +106,6 @@ REFUSED = {
     "lora_task_type": "only causal language models are trained",
     "load_in_8bit": _QUANTISED,
     "load_in_4bit": _QUANTISED,
-    "push_to_hub": "nothing is uploaded: run `hf upload NAME OUTPUT_DIR` after training",
 }
 QUANTISATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 HUB = ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")

@@ -17,6 +17,7 @@ class Part:
     ref_logps: torch.Tensor | None  # [2, B] float32, the reference's chosen and rejected log-probs
     pairs: int  # B
     chosen_tokens: int  # scored tokens of the chosen completions, on the CPU so that nothing waits for the device
+    longest: int = 0  # tokens of the longest sequence: what a padded batch would be as wide as
 
     def to(self, device, non_blocking: bool = False) -> "Part":
         """The same part on `device`; `index` stays on the CPU."""
@@ -27,6 +28,11 @@ class Part:
         """The same part in page-locked memory (called by torch's DataLoader)."""
         ref = None if self.ref_logps is None else self.ref_logps.pin_memory()
         return dataclasses.replace(self, forest=self.forest.pin_memory(), ref_logps=ref)
+
+
+def padded_tokens(parts: Sequence[Part]) -> int:
+    """Tokens of one batch as rows that are padded to its longest sequence, nothing shared."""
+    return 2 * sum(part.pairs for part in parts) * max(part.longest for part in parts)
 
 
 class ForestCollator:
@@ -56,7 +62,8 @@ class ForestCollator:
             forest = forest.cancelling_last()
         index = torch.tensor([e.get("index", -1) for e in examples])
         pairs = len(examples)
-        return Part(forest, index, ref, pairs, int(forest.lengths[:pairs].sum()))
+        lengths = (len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
+        return Part(forest, index, ref, pairs, int(forest.lengths[:pairs].sum()), max(lengths))
 
     def split(self, examples: Sequence[Mapping]) -> list[Sequence[Mapping]]:
         """Consecutive groups whose tokens fit `max_tokens`."""

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .head import output_layer
+
 
 class HiddenStateModel(Protocol):
     """What dpo_fast needs of a module that is not from transformers.
@@ -38,6 +40,20 @@ class LogitTransform:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeRegime:
+    """Rotary positions that depend on the row's length: other frequencies above `limit` tokens."""
+
+    kind: str  # "longrope": one other set above the limit; "dynamic": another set for each length above it
+    limit: int
+
+    def of(self, length: int) -> int:
+        """Rows of `length` tokens with equal numbers have the same frequencies."""
+        if length <= self.limit:
+            return 0
+        return length if self.kind == "dynamic" else 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What `prepare_model` decided. `obstacle` says why a model is padded; `logits` what follows its head."""
 
@@ -45,6 +61,8 @@ class Plan:
     obstacle: str | None
     logits: LogitTransform
     share: bool  # whether prompts can be shared
+    regimes: tuple["RopeRegime", ...] = ()  # rows of different regimes cannot be padded to one batch
+    attention: str | None = None  # the implementation that a padded model must run; None: the one it has
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -73,23 +91,9 @@ def plan_model(model: torch.nn.Module) -> Plan:
         raise ValueError(f"{config.model_type} is an encoder-decoder model: dpo_fast trains causal language models")
     if output_layer(model) is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings: load it with AutoModelForCausalLM")
-    obstacle = sharing_obstacle(model)
-    return Plan("padded" if obstacle else "shared", obstacle, read_logit_transform(config), obstacle is None)
-
-
-def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head of the bare model. Raises ValueError for one that is more than a weight and a bias, as PEFT makes it."""
-    head = model.get_output_embeddings()
-    adapted = head is not None and any(
-        hasattr(module, "base_layer") or "lora_" in name or "modules_to_save" in name
-        for name, module in head.named_modules()
-    )
-    if adapted or (head is not None and not isinstance(getattr(head, "weight", None), torch.nn.Parameter)):
-        raise ValueError(
-            f"adapters on the head ({type(head).__name__}) are not supported, since its log-probs are read off its weight: "
-            "leave lm_head out of the target modules and modules_to_save"
-        )
-    return head
+    obstacle, regimes = sharing_obstacle(model), rope_regimes(config)
+    path = "padded" if obstacle else "shared"
+    return Plan(path, obstacle, read_logit_transform(config), obstacle is None, regimes)
 
 
 def sharing_obstacle(model: torch.nn.Module) -> str | None:
@@ -108,11 +112,28 @@ def sharing_obstacle(model: torch.nn.Module) -> str | None:
             return f"{config.model_type} has a recurrent state ({name})"
     if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
         return f"{config.model_type} attends to later tokens"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
-    if kinds & {"dynamic", "longrope"}:
-        return f"{config.model_type} scales its rotary positions with the row's length ({', '.join(map(str, kinds))})"
+    kinds = sorted({regime.kind for regime in rope_regimes(config)})
+    if kinds:
+        return f"{config.model_type} scales its rotary positions with the row's length ({', '.join(kinds)})"
     return None
+
+
+def rope_parameters(config) -> list[dict]:
+    """The config's rotary parameters, one dictionary per kind of layer; empty without rotary positions."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [v for v in rope.values() if isinstance(v, dict) and "rope_type" in v] or ([rope] if rope else [])
+
+
+def rope_regimes(config) -> tuple[RopeRegime, ...]:
+    """The limits above which rotary frequencies depend on the row's length, as transformers' `dynamic_rope_update` has them."""
+    text, regimes = config.get_text_config(), set()
+    for rope in rope_parameters(config):
+        kind = rope.get("rope_type") or ""
+        if kind == "longrope":
+            regimes.add(RopeRegime(kind, rope.get("original_max_position_embeddings") or text.max_position_embeddings))
+        elif "dynamic" in kind:
+            regimes.add(RopeRegime("dynamic", text.max_position_embeddings))
+    return tuple(sorted(regimes, key=lambda r: (r.kind, r.limit)))
 
 
 def read_logit_transform(config) -> LogitTransform:

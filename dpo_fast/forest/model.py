@@ -6,6 +6,7 @@ logits, are in gate.py; a short probe checks both when the model is prepared.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import sys
@@ -15,7 +16,8 @@ import torch
 
 from ..ops import WORKSPACE_BYTES, linear_token_logps
 from . import attention
-from .gate import Plan, base_model, output_layer, plan_model
+from .gate import Plan, base_model, plan_model
+from .head import head_weights, output_layer
 from .packing import PrefixForest
 
 
@@ -32,24 +34,37 @@ def prepare_model(
     model = base_model(model)
     if hasattr(model, "_dpo_fast"):
         return model._dpo_fast["plan"]
+    own_config(model)
     plan = plan_model(model)
     expected = None if plan.path == "segments" or _is_virtual(model) else _own_logps(model)
-    _install(model, plan, workspace_bytes, backend)
     if expected is None:
+        _install(model, plan, workspace_bytes, backend)
         return plan
-    problem = _probe(model, plan, expected)
-    if problem and plan.path == "shared":
-        restore_model(model)
-        plan = dataclasses.replace(plan, path="padded", share=False, obstacle=problem)
+    padded = dataclasses.replace(plan, path="padded", share=False)
+    problem = None
+    for attempt in dict.fromkeys((plan, padded, dataclasses.replace(padded, attention="eager"))):
+        plan = dataclasses.replace(attempt, obstacle=plan.obstacle or problem)
         _install(model, plan, workspace_bytes, backend)
         problem = _probe(model, plan, expected)
-    if problem:
+        if problem is None:
+            return plan
         restore_model(model)
-        raise ValueError(
-            f"{type(model).__name__} computes its logits in a way that dpo_fast does not know ({problem}): "
-            "its log-probs would be wrong"
-        )
-    return plan
+    raise ValueError(
+        f"{type(model).__name__} computes its logits in a way that dpo_fast does not know ({problem}): "
+        "its log-probs would be wrong"
+    )
+
+
+def own_config(model: torch.nn.Module) -> None:
+    """Give the model a config of its own: an attention set for it must not reach others made from the same object."""
+    if getattr(model, "config", None) is None:
+        return
+    copies: dict[int, object] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if id(value) in copies and hasattr(value, "to_dict"):
+                setattr(module, name, copies[id(value)])
 
 
 _PROBE = ([5, 9, 3, 7], [[4, 8, 6], [11, 2, 10, 5]])  # a prompt and two completions
@@ -60,16 +75,33 @@ def _is_virtual(model) -> bool:
 
 
 def _own_logps(model) -> torch.Tensor:
-    """Log-probs of the probe's completion tokens by the model's own forward, all [sum of lengths, V]."""
+    """Log-probs of the probe's completion tokens by the model's own forward, all [sum of lengths, V].
+
+    With eager attention: other implementations leave out what they do not know, such as a soft-cap.
+    """
     prompt, completions = _PROBE
     rows = []
-    with evaluating(model):
+    with evaluating(model), _attending(model, "eager"):
         for completion in completions:
             ids = torch.tensor([prompt + completion], device=next(model.parameters()).device)
             ids %= model.get_output_embeddings().weight.shape[0]
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             rows.append(logits.double().log_softmax(-1))
     return torch.cat(rows)
+
+
+@contextlib.contextmanager
+def _attending(model, implementation: str):
+    """The model with another attention implementation, where its class can change it."""
+    before = model.config._attn_implementation
+    change = before != implementation and model._can_set_attn_implementation()
+    if change:
+        model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        if change:
+            model.set_attn_implementation(before)
 
 
 def _probe(model, plan: Plan, expected: torch.Tensor) -> str | None:
@@ -97,10 +129,11 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
     saved = {"plan": plan, "forward": model.__dict__.get("forward")}
     original = model.forward
     own = getattr(original, "__func__", None)
-    if plan.path == "shared":
+    implementation = attention.NAME if plan.path == "shared" else plan.attention
+    if implementation is not None:
         attention.register()
         saved["attention"] = model.config._attn_implementation
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(implementation)
     extra = {"plain_attention": True} if plan.path == "shared" else {}
 
     # `generate` reads the signature to know that it may pass position_ids and an attention_mask.
@@ -110,12 +143,13 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
             # By way of self: in a deep copy, `original` is still bound to the first model.
             return (original if own is None else types.MethodType(own, self))(*args, **kwargs, **extra)
         hidden, router_logits = _trunk(self, forest, plan, aux_loss)
-        head = output_layer(self)
+        weight, bias = head_weights(output_layer(self))
         logps = linear_token_logps(
             hidden.index_select(0, forest.live_rows),
-            head.weight,
+            weight,
             forest.targets,
-            bias=getattr(head, "bias", None),
+            bias=bias,
+            ignore_index=None,
             logit_scale=plan.logits.logit_scale,
             softcap=plan.logits.softcap,
             outputs=tuple(outputs),
@@ -157,13 +191,7 @@ def _trunk(model, forest: PrefixForest, plan: Plan, router: bool) -> tuple[torch
         raise ValueError(f"{type(model).__name__} has no trunk that dpo_fast can find")
     extra = {"output_router_logits": True} if router else {}
     if plan.path == "padded":
-        rows, length, count = _padded_rows(forest)
-        ids = forest.input_ids.new_zeros(count * length).index_copy(0, rows, forest.input_ids).view(count, length)
-        mask = ids.new_zeros(count * length).index_fill(0, rows, 1).view(count, length)
-        out = trunk(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
-        hidden = out[0].flatten(0, 1).index_select(0, rows)
-        logits = tuple(x.index_select(0, rows) for x in out.router_logits) if router else None
-        return hidden, logits
+        return _padded(trunk, forest, plan, extra)
     token = attention.ON_FOREST.set(True)
     try:
         out = trunk(
@@ -178,15 +206,49 @@ def _trunk(model, forest: PrefixForest, plan: Plan, router: bool) -> tuple[torch
     return out[0][0], out.router_logits if router else None
 
 
-def _padded_rows(forest: PrefixForest) -> tuple[torch.Tensor, int, int]:
-    """Where each row of an unshared forest lies in a padded [count, length] batch."""
+def _padded(trunk, forest: PrefixForest, plan: Plan, extra: dict) -> tuple[torch.Tensor, tuple | None]:
+    """As `_trunk`, one sequence per batch row; rows whose rotary frequencies differ go through the trunk apart."""
     if any(parent >= 0 for parent in forest.parents):
         raise ValueError("this model computes whole sequences: build its forest with share='none'")
-    count, length = len(forest.spans), forest.max_q
-    segment = torch.repeat_interleave(
-        torch.arange(count, device=forest.cu_q.device), forest.cu_q.diff().long(), output_size=forest.rows
-    )
-    return segment * length + forest.position_ids, length, count
+    groups: dict[tuple, list[int]] = {}
+    # The last token of a sequence predicts nothing and is no row, yet it counts where the row's length does.
+    unseen = int(bool(plan.regimes) and not forest.sequence_rows.numel())
+    for k, (start, end) in enumerate(forest.spans):
+        groups.setdefault(tuple(r.of(end - start + unseen) for r in plan.regimes), []).append(k)
+    order, hidden, router = [], [], []
+    for members in groups.values():
+        if plan.regimes:
+            reset_rope(trunk)
+        length = max(forest.spans[k][1] - forest.spans[k][0] for k in members) + unseen
+        rows, cells = _cells(forest, members, length)
+        ids = forest.input_ids.new_zeros(len(members) * length)
+        mask = ids.index_fill(0, cells, 1).view(-1, length)
+        ids = ids.index_copy(0, cells, forest.input_ids[rows]).view(-1, length)
+        out = trunk(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
+        order.append(rows)
+        hidden.append(out[0].flatten(0, 1).index_select(0, cells))
+        router.append([x.index_select(0, cells) for x in out.router_logits] if extra else [])
+    back = torch.cat(order).argsort()
+    logits = tuple(torch.cat(layer).index_select(0, back) for layer in zip(*router, strict=True)) if extra else None
+    return torch.cat(hidden).index_select(0, back), logits
+
+
+def _cells(forest: PrefixForest, members: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the segments `members` and where each lies in a padded batch [len(members), length], flattened."""
+    rows = torch.cat([torch.arange(*forest.spans[k]) for k in members])
+    cells = torch.cat([torch.arange(e - s) + i * length for i, (s, e) in enumerate(forest.spans[k] for k in members)])
+    device = forest.input_ids.device
+    return rows.to(device), cells.to(device)
+
+
+def reset_rope(model: torch.nn.Module) -> None:
+    """Rotary frequencies as they are before the first row: `dynamic` ones stay those of the longest row seen."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, module.original_max_seq_len)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                setattr(module, name.replace("original_inv_freq", "inv_freq"), buffer.clone())
 
 
 def _segments(model, forest: PrefixForest, share: bool) -> torch.Tensor:

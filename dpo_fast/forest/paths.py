@@ -29,7 +29,9 @@ def sum_logps(
     logps = token_logps.to(torch.promote_types(token_logps.dtype, torch.float32))
     if ld_alpha is not None:
         require_in("[0, 1]", "ld_alpha", ld_alpha)
-        require(partner_lengths is not None, "partner_lengths is None but ld_alpha needs it: give the lengths [S]")
+        require(
+            partner_lengths is not None, lambda: "partner_lengths is None but ld_alpha needs it: give the lengths [S]"
+        )
         shared = torch.minimum(lengths, partner_lengths)
         logps = torch.where(
             torch.arange(logps.shape[1], device=logps.device) < shared[:, None], logps, ld_alpha * logps

@@ -2,7 +2,11 @@
 
 Segment k's queries are its own rows, its keys the rows of its ancestors and its own, causal from the bottom right. The
 gathered keys and values are not kept: backward gathers them again, and adds the gradients of a trunk row over the
-segments that read it in float32 and in a fixed order (no atomics: the same bits on every run).
+segments that read it in float32 and in a fixed order.
+
+Flash attention's own backward pass adds the gradient of q with atomics, so its bits differ from run to run. Under
+`torch.use_deterministic_algorithms(True)` (`full_determinism` of transformers' TrainingArguments sets it) torch takes the
+slower deterministic algorithm of the same kernel, and everything here gives the same bits on every run.
 """
 
 from collections.abc import Callable
@@ -21,27 +25,36 @@ def varlen_attention_forest(query, key, value, forest: PrefixForest, scale, wind
     width = value.shape[-1]
     # Flash attention wants one head size for keys and values, a multiple of 8; zeros change no score and no output.
     padded = -(-max(query.shape[-1], width) // 8) * 8
-    q, k, v = (F.pad(x[0].transpose(0, 1), (0, padded - x.shape[-1])) for x in (query, key, value))
+    q, k, v = (_widened(x[0].transpose(0, 1), padded) for x in (query, key, value))
     out = _Varlen.apply(q, k, v, forest, scale, window, kernels or (flash_forward, flash_backward))
     return out[None, ..., :width]
+
+
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    """[T, H, D] with zeros up to D = width; x itself, not a copy, where it is so wide."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 class _Varlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, forest, scale, window, kernels: tuple[Callable, Callable]):
-        gathered = k.index_select(0, forest.key_rows), v.index_select(0, forest.key_rows)
-        out, *rest = kernels[0](q, *gathered, forest, scale, window)
-        ctx.save_for_backward(q, k, v, out, *rest)
+        both = torch.cat((k, v), 1)
+        out, *rest = kernels[0](q, *_gathered(both, forest), forest, scale, window)
+        ctx.save_for_backward(q, both, out, *rest)
         ctx.forest, ctx.scale, ctx.window, ctx.backward_kernel = forest, scale, window, kernels[1]
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, *rest = ctx.saved_tensors
-        forest = ctx.forest
-        gathered = k.index_select(0, forest.key_rows), v.index_select(0, forest.key_rows)
+        q, both, out, *rest = ctx.saved_tensors
+        forest, gathered = ctx.forest, _gathered(both, ctx.forest)
         dq, dk, dv = ctx.backward_kernel(grad.contiguous(), q, *gathered, out, *rest, forest, ctx.scale, ctx.window)
-        return dq, sum_over_readers(dk, forest), sum_over_readers(dv, forest), *[None] * 4
+        return dq, *sum_over_readers(torch.cat((dk, dv), 1), forest).chunk(2, 1), *[None] * 4
+
+
+def _gathered(both: torch.Tensor, forest: PrefixForest) -> tuple[torch.Tensor, ...]:
+    """Keys and values [T, 2 Hkv, D] side by side -> those that each segment sees, [keys, Hkv, D] twice."""
+    return both.index_select(0, forest.key_rows).chunk(2, 1)
 
 
 def sum_over_readers(gradient: torch.Tensor, forest: PrefixForest) -> torch.Tensor:

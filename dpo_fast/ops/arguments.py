@@ -18,67 +18,96 @@ def shown(x: object) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
 
 
+def local(name: str, x: Tensor | None) -> Tensor | None:
+    """`x` as a plain tensor: a DTensor's whole where no gradient is wanted of it."""
+    if x is None or not hasattr(x, "full_tensor"):
+        return x
+    if name in ("weight", "bias") and (x.device_mesh.size() == 1 or not (x.requires_grad and torch.is_grad_enabled())):
+        return x.full_tensor()
+    raise ValueError(
+        f"{name} is a DTensor (FSDP2, tensor parallelism), and how ranks' gradients add up is not known here: call this "
+        f"inside of the forward of the module that FSDP gathers, or pass {name}.full_tensor() where all ranks hold the "
+        f"same rows, {name}.full_tensor(grad_placements=[Partial()]) where each has its own"
+    )
+
+
 def check_transform(logit_scale: float, softcap: float | None, temperature: float, outputs=()) -> None:
     require(
-        logit_scale == logit_scale and abs(logit_scale) < float("inf"), f"logit_scale must be finite, got {logit_scale}"
+        logit_scale == logit_scale and abs(logit_scale) < float("inf"),
+        lambda: f"logit_scale must be finite, got {logit_scale}",
     )
-    require(softcap is None or softcap > 0, f"softcap must be above 0, got {softcap}")
-    require(temperature > 0, f"temperature must be above 0, got {temperature}")
+    require(softcap is None or softcap > 0, lambda: f"softcap must be above 0, got {softcap}")
+    require(temperature > 0, lambda: f"temperature must be above 0, got {temperature}")
     names = [outputs] if isinstance(outputs, str) else outputs
     unknown = sorted(name for name in names if name not in OUTPUTS)
-    require(not unknown, f"outputs {unknown} are not among {', '.join(OUTPUTS)}")
-    require(not isinstance(outputs, str), f"outputs must be a tuple of names, got {outputs!r}")
+    require(not unknown, lambda: f"outputs {unknown} are not among {', '.join(OUTPUTS)}")
+    require(not isinstance(outputs, str), lambda: f"outputs must be a tuple of names, got {outputs!r}")
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
     fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim in (2, 3)
-    require(fits, f"logits must be floating-point [N, V] or [S, T, V], got {shown(logits)}")
-    require(logits.shape[-1] > 0, f"logits must have V >= 1 words, got {shown(logits)}")
+    require(fits, lambda: f"logits must be floating-point [N, V] or [S, T, V], got {shown(logits)}")
+    require(logits.shape[-1] > 0, lambda: f"logits must have V >= 1 words, got {shown(logits)}")
     check_targets_like(targets, logits, "logits")
 
 
 def check_targets_like(targets: Tensor, rows: Tensor, name: str) -> None:
     """`targets` fit `rows` [..., V or D]."""
     fits = isinstance(targets, Tensor) and targets.shape == rows.shape[:-1] and targets.dtype == torch.int64
-    require(fits, f"targets must be int64 {list(rows.shape[:-1])}, one for each row of {name}, got {shown(targets)}")
-    require(targets.device == rows.device, f"targets are on {targets.device} and {name} on {rows.device}: move one")
+    require(
+        fits, lambda: f"targets must be int64 {list(rows.shape[:-1])}, one for each row of {name}, got {shown(targets)}"
+    )
+    require(
+        targets.device == rows.device, lambda: f"targets are on {targets.device} and {name} on {rows.device}: move one"
+    )
 
 
 def check_sequences(rows: Tensor, name: str, cu_seqlens: Tensor | None, pairs: bool = False) -> int:
     """The number of sequences S of padded [S, T, ...] or of packed [N, ...] with `cu_seqlens` [S + 1]."""
     if cu_seqlens is None:
-        require(rows.ndim == 3, f"{name} of shape {list(rows.shape)} is packed: give cu_seqlens, or padded [S, T, ...]")
+        require(
+            rows.ndim == 3,
+            lambda: f"{name} of shape {list(rows.shape)} is packed: give cu_seqlens, or padded [S, T, ...]",
+        )
         count, whose = rows.shape[0], name
     else:
         fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1
-        require(fits and len(cu_seqlens) > 1, f"cu_seqlens must be int32 [S + 1], got {shown(cu_seqlens)}")
-        require(rows.ndim == 2, f"cu_seqlens goes with packed {name} [N, ...], got {list(rows.shape)}")
+        require(fits and cu_seqlens.shape[0] > 1, lambda: f"cu_seqlens must be int32 [S + 1], got {shown(cu_seqlens)}")
+        require(rows.ndim == 2, lambda: f"cu_seqlens goes with packed {name} [N, ...], got {list(rows.shape)}")
         near = cu_seqlens.device in (rows.device, torch.device("cpu"))
-        require(near, f"cu_seqlens is on {cu_seqlens.device} and {name} on {rows.device}: move one, or it to the CPU")
-        count, whose = len(cu_seqlens) - 1, "cu_seqlens"
+        require(
+            near,
+            lambda: f"cu_seqlens is on {cu_seqlens.device} and {name} on {rows.device}: move one, or it to the CPU",
+        )
+        count, whose = cu_seqlens.shape[0] - 1, "cu_seqlens"
     if pairs:
         fits = count > 0 and count % 2 == 0
-        require(fits, f"{whose} must hold 2B sequences, the B chosen and then the B rejected, B >= 1, got {count}")
+        require(
+            fits, lambda: f"{whose} must hold 2B sequences, the B chosen and then the B rejected, B >= 1, got {count}"
+        )
     return count
 
 
 def check_per_sequence(name: str, x: Tensor | None, count: int, device: torch.device) -> None:
     if x is not None:
         fits = isinstance(x, Tensor) and x.is_floating_point() and x.shape == (count,) and x.device == device
-        require(fits, f"{name} must be floating-point [{count}] on {device}, got {shown(x)}")
+        require(fits, lambda: f"{name} must be floating-point [{count}] on {device}, got {shown(x)}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ndim: tuple[int, ...] = (2,)) -> None:
-    fits = hidden.ndim in ndim and weight.ndim == 2 and hidden.shape[-1] == weight.shape[1]
-    shapes = " or ".join({2: "[N, D]", 3: "[S, T, D]"}[n] for n in ndim)
-    got = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-    require(fits, f"hidden must be {shapes} and weight [V, D], got {got}")
-    require(hidden.is_floating_point(), f"hidden must be floating-point, got {shown(hidden)}")
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    fits = hidden.ndim in (2, 3) and weight.ndim == 2 and hidden.shape[-1] == weight.shape[1]
+    require(
+        fits,
+        lambda: (
+            f"hidden must be [N, D] or [S, T, D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        ),
+    )
+    require(hidden.is_floating_point(), lambda: f"hidden must be floating-point, got {shown(hidden)}")
     fits = bias is None or bias.shape == weight.shape[:1]
-    require(fits, f"bias must be [{weight.shape[0]}], got {None if bias is None else tuple(bias.shape)}")
+    require(fits, lambda: f"bias must be [{weight.shape[0]}], got {None if bias is None else tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
-        same = x is None or x.device == hidden.device
-        require(same, f"{name} and hidden are on different devices, {shown(x)} and {shown(hidden)}: move one")
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} and hidden are on different devices, {shown(x)} and {shown(hidden)}: move one")
 
 
 # ---- Values ----
@@ -92,7 +121,7 @@ def check_targets(targets: Tensor, words: int, ignore_index: int | None, debug: 
     low, high = (int(scored.min()), int(scored.max())) if scored.numel() else (0, 0)
     also = "" if ignore_index is None else f" and are not ignore_index={ignore_index}"
     inside = low >= 0 and high < words
-    require(inside, f"targets lie in [{low}, {high}], outside the vocabulary [0, {words}){also}")
+    require(inside, lambda: f"targets lie in [{low}, {high}], outside the vocabulary [0, {words}){also}")
 
 
 def check_bounds(cu_seqlens: Tensor, rows: int, debug: bool) -> None:
@@ -102,4 +131,4 @@ def check_bounds(cu_seqlens: Tensor, rows: int, debug: bool) -> None:
     bounds = cu_seqlens.tolist()
     fits = bounds[0] == 0 and bounds[-1] == rows and all(a <= b for a, b in itertools.pairwise(bounds))
     few = bounds if len(bounds) <= 9 else [*bounds[:4], "...", *bounds[-4:]]
-    require(fits, f"cu_seqlens must go up from 0 to the {rows} rows, got {few}")
+    require(fits, lambda: f"cu_seqlens must go up from 0 to the {rows} rows, got {few}")

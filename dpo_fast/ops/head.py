@@ -10,11 +10,45 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..backends.eager import wide_dtype
+from ..backends.eager import rows_within, wide_dtype
+from ..losses import check_label_smoothing
 from .arguments import check_bounds, check_targets
 from .pairs import PairBatch, unpack_loss
-from .tiles import GradientSums, OutputLayer, gradients, kept_rows, score
-from .torch_library import library_op, split_names
+from .tiles import GradientSums, OutputLayer, gradients, score, workspace_rows
+from .torch_library import library_op, once_differentiable, split_names
+
+# ---- Which rows are computed ----
+
+
+def drops_rows(x: Tensor) -> bool:
+    """True where a look at the targets is no wait for the device: rows without one drop out before the first product."""
+    return not x.is_cuda
+
+
+def _scored_rows(hidden: Tensor, targets: Tensor, ignore_index: int | None):
+    """Hidden states and targets to compute with, their row numbers [n] where some dropped out, and the mask [N] where not.
+
+    A row that stays though its target is ignored gets the first word as target and zeros as hidden states, since its own
+    may be NaN; what comes of it is masked.
+    """
+    targets = targets.contiguous()
+    if ignore_index is None:
+        return hidden, targets, None, None
+    scored = targets != ignore_index
+    if not drops_rows(hidden):
+        return hidden.masked_fill(~scored[:, None], 0), targets.masked_fill(~scored, 0), None, scored
+    if scored.all():
+        return hidden, targets, None, None
+    rows = scored.nonzero()[:, 0]
+    return hidden[rows], targets[rows], rows, None
+
+
+def _in_place(x: Tensor, rows: Tensor | None, scored: Tensor | None, n: int) -> Tensor:
+    """[..., n'] of the rows that were computed -> [..., n], 0 for those that were not scored."""
+    if rows is not None:
+        return x.new_zeros(*x.shape[:-1], n).index_copy_(-1, rows, x)
+    return x if scored is None else x.masked_fill_(~scored, 0)
+
 
 # ---- Log-probs ----
 
@@ -28,30 +62,37 @@ def linear_token_logps(
     scale: float,
     softcap: float | None,
     temperature: float,
+    ignore_index: int | None,
     outputs: str,
     keep: str,
     workspace_bytes: int,
     backend: str,
     debug: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs [N], statistics [K, N], and what backward needs: `keep` is "dh" (a frozen head), "residual" or ""."""
-    check_targets(targets, weight.shape[0], None, debug)
-    layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
+    """Log-probs [N], statistics [K, N], and what backward needs: `keep` is "dh" (a frozen head), "residual" or "".
+
+    What backward needs is that of the rows that are computed, which come first; nothing is written past them.
+    """
+    check_targets(targets, weight.shape[0], ignore_index, debug)
+    layer, n = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend), hidden.shape[0]
     residual, dh = _kept(hidden, weight, keep, workspace_bytes)
-    logps, stats = score(
-        layer, hidden, targets.contiguous(), split_names(outputs), residual, dh if keep == "dh" else None
-    )
-    return logps, stats, residual, dh
+    hidden, targets, *where = _scored_rows(hidden, targets, ignore_index)
+    live = hidden.shape[0]
+    kept = residual[:live] if keep == "residual" else residual
+    logps, stats = score(layer, hidden, targets, split_names(outputs), kept, dh[:live] if keep == "dh" else None)
+    return _in_place(logps, *where, n), _in_place(stats, *where, n), residual, dh
 
 
 def _kept(hidden: Tensor, weight: Tensor, keep: str, workspace_bytes: int) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
-    rows = kept_rows(n, weight, workspace_bytes) if keep == "residual" else 0
+    rows = rows_within(n, workspace_rows(weight, workspace_bytes)) if keep == "residual" else 0
     return hidden.new_empty(rows, weight.shape[0]), hidden.new_empty(n if keep == "dh" else 0, hidden.shape[1])
 
 
 @linear_token_logps.register_fake
-def _(hidden, weight, targets, bias, scale, softcap, temperature, outputs, keep, workspace_bytes, backend, debug):
+def _(
+    hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, outputs, keep, workspace_bytes, backend, debug
+):  # fmt: skip
     wide, n = wide_dtype(hidden.dtype), hidden.shape[0]
     stats = hidden.new_empty(len(split_names(outputs)), n, dtype=wide)
     return hidden.new_empty(n, dtype=wide), stats, *_kept(hidden, weight, keep, workspace_bytes)
@@ -74,21 +115,34 @@ def linear_token_logps_backward(
     scale: float,
     softcap: float | None,
     temperature: float,
+    ignore_index: int | None,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias where `needs` says so."""
-    coef = grad[:, None]
+    n = hidden.shape[0]
+    hidden, targets, rows, scored = _scored_rows(hidden, targets, ignore_index)
+    if scored is not None:
+        grad = grad.masked_fill(~scored, 0)
+    coef = (grad if rows is None else grad[rows])[:, None]
     if len(dh):
-        return (dh * coef).to(hidden.dtype), hidden.new_empty(0), hidden.new_empty(0)
+        found = torch.mul(dh[: len(coef)], coef, out=torch.empty_like(dh[: len(coef)]))
+        return _whole_rows(found, rows, n), hidden.new_empty(0), hidden.new_empty(0)
+    residual = residual[: len(coef)]
     layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     several = residual.shape[0] < hidden.shape[0]
     # Not below 1: the sum without it must not be larger than with it.
     peak = coef.abs().amax().clamp(min=1.0) if hidden.dtype == torch.float16 and len(coef) else None
     sums = GradientSums(weight if needs[1] else None, bias if needs[2] else None, several, peak)
-    gradients(layer, hidden, targets.contiguous(), coef, residual, out if needs[0] else None, sums)
-    return out, *sums.results(hidden)
+    # The graph may be kept for another backward pass, and `residual` with it.
+    gradients(layer, hidden, targets, coef, residual, out, sums, spend=False)
+    return hidden.new_empty(0) if out is None else _whole_rows(out, rows, n), *sums.results(hidden)
+
+
+def _whole_rows(dh: Tensor, rows: Tensor | None, n: int) -> Tensor:
+    """[n', D] gradients of the rows that were computed -> [n, D]."""
+    return dh if rows is None else dh.new_zeros(n, dh.shape[1]).index_copy_(0, rows, dh)
 
 
 def _fake_gradients(hidden, weight, bias, needs):
@@ -99,28 +153,29 @@ def _fake_gradients(hidden, weight, bias, needs):
 
 
 @linear_token_logps_backward.register_fake
-def _(hidden, weight, targets, bias, grad, residual, dh, scale, softcap, temperature, needs, backend):
+def _(hidden, weight, targets, bias, grad, residual, dh, scale, softcap, temperature, ignore_index, needs, backend):
     return _fake_gradients(hidden, weight, bias, needs)
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, targets, bias, scale, softcap, temperature, _, _, _, backend, _ = inputs
+    hidden, weight, targets, bias, *transform, _, _, _, backend, _ = inputs
     _, stats, residual, dh = output
-    ctx.options = (scale, softcap, temperature), backend
+    ctx.options = transform, backend  # scale, softcap, temperature, ignore_index
     ctx.save_for_backward(hidden, weight, targets, bias, residual, dh)
     ctx.mark_non_differentiable(stats, residual, dh)
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[k] for k in (0, 1, 3)]
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     hidden, weight, targets, bias, residual, dh = ctx.saved_tensors
     transform, backend = ctx.options
     found = linear_token_logps_backward(hidden, weight, targets, bias, grad, residual, dh, *transform, needs, backend)
     dh, dw, db = (x if need else None for x, need in zip(found, needs, strict=True))
-    return dh, dw, None, db, *(None,) * 8
+    return dh, dw, None, db, *(None,) * 9
 
 
 linear_token_logps.register_autograd(_backward, setup_context=_save)
@@ -138,69 +193,74 @@ def linear_dpo_loss(
     cu_seqlens: Tensor,
     ref_logps: Tensor | None,
     pair_weights: Tensor | None,
+    label_smoothing: Tensor | None,
     mean_chosen_length: Tensor | None,
     scale: float,
     softcap: float | None,
+    temperature: float,
     names: str,
-    divergence: str,
+    choices: str,
     numbers: Sequence[float],
+    ld_alpha: float | None,
     ignore_index: int,
+    outputs: str,
     needs: Sequence[bool],
     workspace_bytes: int,
     backend: str,
     debug: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, losses [B], summed log-probs [2B], and the gradients of hidden, weight and bias where `needs` says so.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, losses [B], log-probs [2B], statistics [K, N], and the gradients of hidden, weight and bias where `needs` says.
 
     hidden [N, D] and targets [N] packed. Losses whose pairs do not depend on each other beyond `mean_chosen_length`.
     """
     check_targets(targets, weight.shape[0], ignore_index, debug)
     check_bounds(cu_seqlens, hidden.shape[0], debug)
-    layer = _output_layer(hidden, weight, bias, scale, softcap, 1.0, backend)
-    rows, bounds = None, None
-    if not hidden.is_cuda and targets.numel():
-        # On a CPU a look is free: rows without a target drop out before the first product.
-        scored = targets != ignore_index
-        if not scored.all():
-            rows = scored.nonzero()[:, 0]
-            cu_seqlens = torch.nn.functional.pad(scored.cumsum(0), (1, 0))[cu_seqlens.long()].to(torch.int32)
-            hidden, targets = hidden[rows], targets[rows]
-    if not cu_seqlens.is_cuda:
-        bounds = cu_seqlens.tolist()
+    options, n = unpack_loss(names, choices, numbers), hidden.shape[0]
+    if label_smoothing is not None and (debug or not label_smoothing.is_cuda):
+        check_label_smoothing(label_smoothing, options)
+    layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
+    given = targets
+    hidden, targets, rows, scored = _scored_rows(hidden, targets, ignore_index)
+    if rows is None:
+        targets = given
+    else:
+        cu_seqlens = torch.nn.functional.pad((given != ignore_index).cumsum(0), (1, 0))[cu_seqlens.long()]
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    bounds = None if cu_seqlens.is_cuda else cu_seqlens.tolist()
     cu_rows = cu_seqlens.to(hidden.device, non_blocking=True)
-    options = unpack_loss(names, divergence, numbers)
-    batch = PairBatch(options, targets, cu_rows, bounds, ignore_index, ref_logps, pair_weights, mean_chosen_length)
+    per_pair = ref_logps, pair_weights, label_smoothing, mean_chosen_length
+    batch = PairBatch(options, targets, cu_rows, bounds, ignore_index, *per_pair, ld_alpha)
 
     dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    wanted = split_names(outputs)
     if any(needs[1:]):
-        groups = batch.groups(kept_rows(hidden.shape[0], weight, workspace_bytes))
+        groups = batch.groups(workspace_rows(weight, workspace_bytes))
         several = len(groups) > 1 or groups[0][2] < hidden.shape[0]
         sums = GradientSums(weight if needs[1] else None, bias if needs[2] else None, several)
         workspace = hidden.new_empty(max(kept for _, _, kept in groups), weight.shape[0])
-        found = [_group(layer, hidden, batch, group, workspace, dh, sums) for group in groups]
+        stats = hidden.new_empty(len(wanted), hidden.shape[0], dtype=wide_dtype(hidden.dtype))
+        found = [_group(layer, hidden, batch, group, workspace, dh, sums, wanted, stats) for group in groups]
         losses, chosen, rejected = (torch.cat(parts) for parts in zip(*found, strict=True))
         logps = torch.cat([chosen, rejected])
     else:
         sums = GradientSums(None, None, False)
-        token_logps, _ = score(layer, hidden, batch.safe, (), hidden.new_empty(0, weight.shape[0]), dh)
+        token_logps, stats = score(layer, hidden, batch.safe, wanted, hidden.new_empty(0, weight.shape[0]), dh)
         losses, logps, coef = batch.losses(token_logps, 0, batch.count)
         if dh is not None:
             dh.mul_(coef)
-    if dh is None:
-        dh = hidden.new_empty(0)
-    elif rows is not None:
-        dh = hidden.new_zeros(len(scored), hidden.shape[1]).index_copy_(0, rows, dh)
-    return losses.mean(), losses, logps, dh, *sums.results(hidden)
+    dh = hidden.new_empty(0) if dh is None else _whole_rows(dh, rows, n)
+    return losses.mean(), losses, logps, _in_place(stats, rows, scored, n), dh, *sums.results(hidden)
 
 
 @linear_dpo_loss.register_fake
 def _(
-    hidden, weight, targets, bias, cu_seqlens, ref_logps, pair_weights, mean_chosen_length, scale, softcap,
-    names, divergence, numbers, ignore_index, needs, workspace_bytes, backend, debug,
+    hidden, weight, targets, bias, cu_seqlens, ref_logps, pair_weights, label_smoothing, mean_chosen_length,
+    scale, softcap, temperature, names, choices, numbers, ld_alpha, ignore_index, outputs, needs, *_,
 ):  # fmt: skip
-    wide, count = wide_dtype(hidden.dtype), len(cu_seqlens) - 1
+    wide, count = wide_dtype(hidden.dtype), cu_seqlens.shape[0] - 1
     losses = (hidden.new_empty(shape, dtype=wide) for shape in ((), (count // 2,), (count,)))
-    return *losses, *_fake_gradients(hidden, weight, bias, needs)
+    stats = hidden.new_empty(len(split_names(outputs)), hidden.shape[0], dtype=wide)
+    return *losses, stats, *_fake_gradients(hidden, weight, bias, needs)
 
 
 def _group(
@@ -211,22 +271,25 @@ def _group(
     workspace: Tensor,
     dh: Tensor | None,
     sums: GradientSums,
+    outputs: tuple[str, ...],
+    stats: Tensor,  # [K, N]
 ):
-    """Losses, chosen and rejected log-probs of pairs [i, j); their gradients go to `dh` and `sums`."""
+    """Losses, chosen and rejected log-probs of pairs [i, j); their gradients go to `dh` and `sums`, statistics to `stats`."""
     i, j, kept = group
     parts = batch.slices(i, j)
     whole = len(parts) == 1
     h = hidden if whole else torch.cat([hidden[part] for part in parts])
     targets = batch.safe if whole else torch.cat([batch.safe[part] for part in parts])
     residual = workspace[:kept]
-    token_logps, _ = score(layer, h, targets, (), residual)
+    token_logps, found = score(layer, h, targets, outputs, residual)
     losses, logps, coef = batch.losses(token_logps, i, j)
     own = dh if whole or dh is None else torch.empty_like(h)
-    gradients(layer, h, targets, coef, residual, own, sums)
-    if own is not dh:
-        start = 0
-        for part in parts:
-            size = part.stop - part.start
-            dh[part] = own[start : start + size]
-            start += size
+    gradients(layer, h, targets, coef, residual, own, sums, spend=True)
+    start = 0
+    for part in parts:
+        end = start + part.stop - part.start
+        stats[:, part] = found[:, start:end]
+        if own is not dh:
+            dh[part] = own[start:end]
+        start = end
     return losses, logps[: j - i], logps[j - i :]

@@ -1,6 +1,6 @@
 """The ops on logits that exist already, as torch.library ops: schema, fake implementation, autograd.
 
-Nothing is checked here but values, and nothing is explained: the front is ops/__init__.py.
+Nothing is checked here but values, and nothing is explained: the front is on_logits.py.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,11 @@ from torch import Tensor
 from ..backends import eager, resolve
 from ..backends.eager import wide_dtype
 from ..backends.sequences import segment_ids, segment_sum
+from ..losses import check_label_smoothing
 from .arguments import check_bounds, check_targets
 from .pairs import unpack_loss
 from .rows import empty_rows, flat_rows, row_period, unflatten, uniform_bounds
-from .torch_library import library_op, split_names, stacked
+from .torch_library import library_op, once_differentiable, split_names, stacked
 
 # ---- Log-probs ----
 
@@ -105,6 +106,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx, grad, *_):
     none = (None,) * 8
     if grad is None or not ctx.needs_input_grad[0]:
@@ -125,11 +127,11 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor, debug: bool) -> Tensor:
 
 @sequence_sums.register_fake
 def _(values, cu_seqlens, debug):
-    return values.new_empty(len(cu_seqlens) - 1)
+    return values.new_empty(cu_seqlens.shape[0] - 1)
 
 
 def _save_bounds(ctx, inputs, output):
-    ctx.rows = len(inputs[0])
+    ctx.rows = inputs[0].shape[0]
     ctx.save_for_backward(inputs[1])
 
 
@@ -144,13 +146,18 @@ sequence_sums.register_autograd(_spread, setup_context=_save_bounds)
 # ---- Loss and gradient ----
 
 
-def _dpo(rows, targets, cu_rows, ref_logps, pair_weights, mean_chosen_length, loss, ignore_index, launch, out):
-    """Loss, losses [B] and summed log-probs [2B]; the gradient of the loss goes to `out`."""
-    options, pairs = unpack_loss(*loss), (len(cu_rows) - 1) // 2
+def _dpo(logits, targets, cu_seqlens, per_pair, transform, loss, ld_alpha, ignore_index, backend, debug, rows, out):
+    """Loss, losses [B] and log-probs [2B]; the gradient of the loss goes to `out`."""
+    options, (ref_logps, pair_weights, label_smoothing, mean_chosen_length) = unpack_loss(*loss), per_pair
+    if label_smoothing is not None and (debug or not label_smoothing.is_cuda):
+        check_label_smoothing(label_smoothing, options)
+    cu_rows, launch = _bounds(logits, cu_seqlens, debug), resolve(backend, logits.device, logits.dtype)
+    pairs = (len(cu_rows) - 1) // 2
     common = {"ignore_index": ignore_index, "out": out}
     if ref_logps is not None:
         ref_logps = ref_logps.contiguous()
-    if options.one_launch and pair_weights is None:
+    plain = transform == (1.0, None, 1.0) and pair_weights is None and label_smoothing is None and ld_alpha is None
+    if options.one_launch and plain:
         losses, logps, _ = launch.dpo_fused(
             rows,
             targets,
@@ -165,6 +172,7 @@ def _dpo(rows, targets, cu_rows, ref_logps, pair_weights, mean_chosen_length, lo
             **common,
         )
         return losses.mean(), losses, logps
+    scale, softcap, temperature = transform
     return eager.dpo_two_launches(
         (launch.logps_fwd, launch.logps_bwd),
         rows,
@@ -174,7 +182,12 @@ def _dpo(rows, targets, cu_rows, ref_logps, pair_weights, mean_chosen_length, lo
         1 / pairs,
         options=options,
         pair_weights=pair_weights,
+        label_smoothing=label_smoothing,
         mean_chosen_length=mean_chosen_length,
+        ld_alpha=ld_alpha,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
         **common,
     )
 
@@ -193,25 +206,30 @@ def dpo_loss(
     cu_seqlens: Tensor | None,
     ref_logps: Tensor | None,
     pair_weights: Tensor | None,
+    label_smoothing: Tensor | None,
     mean_chosen_length: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
     names: str,
-    divergence: str,
+    choices: str,
     numbers: Sequence[float],
+    ld_alpha: float | None,
     ignore_index: int,
     backend: str,
     debug: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, losses [B], summed log-probs [2B], and the gradient of the loss in the shape of logits."""
+    """Loss, losses [B], log-probs [2B], and the gradient of the loss in the shape of logits."""
     check_targets(targets, logits.shape[-1], ignore_index, debug)
-    cu_rows = _bounds(logits, cu_seqlens, debug)
     rows, flat = flat_rows(logits, targets, ignore_index)
     out, shaped = empty_rows(logits)
-    given = (cu_rows, ref_logps, pair_weights, mean_chosen_length, (names, divergence, numbers), ignore_index)
-    return *_dpo(rows, flat, *given, resolve(backend, logits.device, logits.dtype), out), shaped
+    per_pair, transform = (ref_logps, pair_weights, label_smoothing, mean_chosen_length), (scale, softcap, temperature)
+    how = (names, choices, numbers), ld_alpha, ignore_index, backend, debug
+    return *_dpo(logits, flat, cu_seqlens, per_pair, transform, *how, rows, out), shaped
 
 
 def _fake_losses(logits, cu_seqlens):
-    wide, count = wide_dtype(logits.dtype), len(logits) if cu_seqlens is None else len(cu_seqlens) - 1
+    wide, count = wide_dtype(logits.dtype), logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return tuple(logits.new_empty(shape, dtype=wide) for shape in ((), (count // 2,), (count,)))
 
 
@@ -227,21 +245,26 @@ def dpo_loss_(
     cu_seqlens: Tensor | None,
     ref_logps: Tensor | None,
     pair_weights: Tensor | None,
+    label_smoothing: Tensor | None,
     mean_chosen_length: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
     names: str,
-    divergence: str,
+    choices: str,
     numbers: Sequence[float],
+    ld_alpha: float | None,
     ignore_index: int,
     backend: str,
     debug: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `dpo_loss`; the gradient overwrites logits."""
     check_targets(targets, logits.shape[-1], ignore_index, debug)
-    cu_rows = _bounds(logits, cu_seqlens, debug)
     rows, flat = flat_rows(logits, targets, ignore_index)
     assert rows.data_ptr() == logits.data_ptr()
-    given = (cu_rows, ref_logps, pair_weights, mean_chosen_length, (names, divergence, numbers), ignore_index)
-    return _dpo(rows, flat, *given, resolve(backend, logits.device, logits.dtype), rows)
+    per_pair, transform = (ref_logps, pair_weights, label_smoothing, mean_chosen_length), (scale, softcap, temperature)
+    how = (names, choices, numbers), ld_alpha, ignore_index, backend, debug
+    return _dpo(logits, flat, cu_seqlens, per_pair, transform, *how, rows, rows)
 
 
 @dpo_loss_.register_fake

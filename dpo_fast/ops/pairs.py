@@ -6,23 +6,30 @@ Nothing here waits for the device.
 import torch
 from torch import Tensor
 
-from ..backends.sequences import scored_lengths, segment_ids, segment_sum
+from ..backends.eager import rows_within, whole_steps
+from ..backends.sequences import past_shorter_weights, scored_lengths, segment_ids, segment_sum
 from ..losses import LossOptions, loss_and_coefficients
 
-_NUMBERS = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma")
+_NUMBERS = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma", "sft_weight")
+_CHOICES = ("f_divergence_type", "sft_mean")
 
 
 def pack_loss(options: LossOptions) -> tuple[str, str, list[float]]:
     """The options as what the schema of an op can hold: strings and numbers."""
     numbers = [float(getattr(options, name)) for name in _NUMBERS] + options.weights
-    return ",".join(options.names), options.f_divergence_type, numbers
+    choices = [getattr(options, name) for name in _CHOICES] + ["average"] * options.average_log_prob
+    return ",".join(options.names), ",".join(choices), numbers
 
 
-def unpack_loss(names: str, divergence: str, numbers: list[float]) -> LossOptions:
+def unpack_loss(names: str, choices: str, numbers: list[float]) -> LossOptions:
     """What `pack_loss` packed."""
     count = len(_NUMBERS)
     values = dict(zip(_NUMBERS, numbers[:count], strict=True))
-    return LossOptions(names.split(","), loss_weights=list(numbers[count:]), f_divergence_type=divergence, **values)
+    *chosen, average = [*choices.split(","), ""][: len(_CHOICES) + 1]
+    values |= dict(zip(_CHOICES, chosen, strict=True))
+    return LossOptions(
+        names.split(","), loss_weights=list(numbers[count:]), average_log_prob=average == "average", **values
+    )
 
 
 class PairBatch:
@@ -37,7 +44,9 @@ class PairBatch:
         ignore_index: int,
         ref_logps: Tensor | None,  # [2B]
         pair_weights: Tensor | None,  # [B]
+        label_smoothing: Tensor | None,  # [B]
         mean_chosen_length: Tensor | None,  # scalar
+        ld_alpha: float | None,
     ):
         self.options = options
         self.count = (len(cu_rows) - 1) // 2
@@ -45,7 +54,8 @@ class PairBatch:
         self.scored = targets != ignore_index
         self.safe = targets.masked_fill(~self.scored, 0)
         self.lengths = scored_lengths(targets, ignore_index, cu_rows)
-        self.ref_logps, self.pair_weights = ref_logps, pair_weights
+        self.ref_logps, self.pair_weights, self.label_smoothing = ref_logps, pair_weights, label_smoothing
+        self.weights = None if ld_alpha is None else past_shorter_weights(self.scored, cu_rows, ld_alpha)
         if mean_chosen_length is None:
             # Of the whole batch, since its groups see a part each.
             mean_chosen_length = self.lengths[: self.count].sum().clamp(min=1) / self.count
@@ -58,16 +68,17 @@ class PairBatch:
         """
         n, count = len(self.safe), self.count
         if n <= limit or self.bounds is None:
-            return [(0, count, min(n, limit))]
+            return [(0, count, rows_within(n, limit))]
+        fits = whole_steps(limit) or limit
         b = self.bounds
         rows = [b[i + 1] - b[i] + b[count + i + 1] - b[count + i] for i in range(count)]
         found, start, total = [], 0, 0
         for i, size in enumerate(rows):
-            if i > start and total + size > limit:
-                found.append((start, i, min(total, limit)))
+            if i > start and total + size > fits:
+                found.append((start, i, rows_within(total, fits)))
                 start, total = i, 0
             total += size
-        return [*found, (start, count, min(total, limit))]
+        return [*found, (start, count, rows_within(total, fits))]
 
     def slices(self, i: int, j: int) -> list[slice]:
         """The rows of pairs [i, j)."""
@@ -77,20 +88,22 @@ class PairBatch:
         return [slice(b[i], b[j]), slice(b[count + i], b[count + j])]
 
     def losses(self, token_logps: Tensor, i: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of pairs [i, j): log-probs of their rows -> losses, summed log-probs, coefficients of the rows [n, 1]."""
+        """Of pairs [i, j): log-probs of their rows -> losses, log-probs [2 (j - i)], coefficients of the rows [n, 1]."""
         count = self.count
         chosen, rejected = self.cu_rows[i : j + 1], self.cu_rows[count + i : count + j + 1]
         split = chosen[-1] - chosen[0]
         local = torch.cat([chosen - chosen[0], (rejected - rejected[0] + split)[1:]])
-        scored = torch.cat([self.scored[part] for part in self.slices(i, j)])
-        logps = segment_sum(torch.where(scored, token_logps, 0), local)
+        weights = self.scored.to(token_logps.dtype) if self.weights is None else self.scored * self.weights
+        weights = torch.cat([weights[part] for part in self.slices(i, j)]).to(token_logps.dtype)
+        # A row that is not scored may hold NaN.
+        summed = segment_sum(torch.where(weights != 0, token_logps * weights, 0), local)
         both = [
             None if x is None else torch.cat([x[i:j], x[count + i : count + j]]) for x in (self.ref_logps, self.lengths)
         ]
-        weights = None if self.pair_weights is None else self.pair_weights[i:j]
+        per_pair = (None if x is None else x[i:j] for x in (self.pair_weights, self.label_smoothing))
         references, lengths = both
-        _, losses, coef = loss_and_coefficients(
-            self.options, logps, lengths, references, weights, self.mean_chosen_length
+        _, losses, coef, logps = loss_and_coefficients(
+            self.options, summed, lengths, references, *per_pair, self.mean_chosen_length
         )
         coef = (coef * ((j - i) / count))[segment_ids(local, len(token_logps))]
-        return losses, logps, torch.where(scored, coef, 0)[:, None]
+        return losses, logps, torch.where(weights != 0, coef * weights, 0)[:, None]

@@ -1,13 +1,13 @@
 """The output layer in chunks: never more than a tile of the [N, V] logits, and which matrix products that takes.
 
-The gradient of a log-prob with respect to its logits is `onehot - softmax`, times one number a row that the loss decides
+The gradient of a log-prob with respect to its logits is `onehot - softmax`, times one number per row that the loss decides
 later. A row scale commutes with both matrix products of the backward pass, so the products can start before it is known:
 
     frozen head      2 GEMMs: logits, then dH = (onehot - softmax) W, unscaled until the coefficients are there
     trainable head   3 GEMMs: logits, dH and dW from `onehot - softmax` kept in a bounded workspace
                      4 GEMMs for the rows past the workspace: their logits are computed again
 
-`score` is everything before the coefficients, `gradients` everything after. No autograd, no ops: head_ops.py has both.
+`score` is everything before the coefficients, `gradients` everything after. Autograd and the ops are in head.py.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..backends.eager import chunks, row_blocks, wide_dtype
+from ..backends.eager import chunks, row_blocks, tile_rows, whole_steps, wide_dtype
 
-# Of `d logps / d logits` kept between the forward and backward pass of a trained head.
+# Of `d logps / d logits` that is kept between the forward and backward pass of a trained head.
 WORKSPACE_BYTES = 1 << 30
 
 
@@ -30,8 +30,12 @@ class OutputLayer(NamedTuple):
     transform: dict  # scale, softcap, temperature
     launch: Backend
 
-    def chunks(self, n: int, boundary: int = 0) -> list[tuple[int, int]]:
-        return chunks(n, self.weight.shape[0], self.weight.dtype, self.weight.device.type, boundary)
+    def tile(self, n: int, workspace: Tensor | None) -> Tensor:
+        """Memory [rows, V] for the logits of n rows, a chunk at a time: the workspace where it has as many rows as a tile."""
+        rows = tile_rows(len(self.weight), self.weight.dtype, self.weight.device.type)
+        if workspace is not None and len(workspace) >= rows:
+            return workspace[: whole_steps(len(workspace))]
+        return self.weight.new_empty(min(n, rows), len(self.weight))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         if self.bias is None:
@@ -42,25 +46,23 @@ class OutputLayer(NamedTuple):
 def score(
     layer: OutputLayer,
     hidden: Tensor,  # [N, D]
-    targets: Tensor,  # [N], none ignored
+    targets: Tensor,  # [N]; -100 is ignored: log-prob, statistics and gradient are 0
     outputs: tuple[str, ...],
     residual: Tensor,  # [kept, V]: of so many rows, d logps / d logits is kept here
     dh: Tensor | None = None,  # [N, D]: receives d logps / d hidden
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [N] and statistics [K, N]."""
-    (n, kept), v = (hidden.shape[0], residual.shape[0]), layer.weight.shape[0]
+    """Log-probs [N] and statistics [K, N]. Rows past those kept come first, in the memory that keeps the others."""
+    n, kept = len(hidden), len(residual)
     wide = wide_dtype(hidden.dtype)
     logps, stats = hidden.new_empty(n, dtype=wide), hidden.new_empty(len(outputs), n, dtype=wide)
-    parts = layer.chunks(n, kept)
-    spare = hidden.new_empty(max((b - a for a, b in parts if b > kept), default=0), v)
-    for a, b in parts:
-        tile = layer.logits(hidden[a:b], residual[a:b] if b <= kept else spare[: b - a])
+    memory = layer.tile(n - kept, residual)
+    parts = [(a + kept, b + kept) for a, b in chunks(n - kept, max(1, len(memory)))]
+    for a, b in [*parts, (0, kept)] if kept else parts:
+        tile = layer.logits(hidden[a:b], residual if b <= kept else memory[: b - a])
         if b <= kept or dh is not None:
             logps[a:b], found = layer.launch.residual_(tile, targets[a:b], outputs=outputs, **layer.transform)
         else:
-            logps[a:b], _, found = layer.launch.logps_fwd(
-                tile, targets[a:b], ignore_index=-1, outputs=outputs, **layer.transform
-            )
+            logps[a:b], _, found = layer.launch.logps_fwd(tile, targets[a:b], outputs=outputs, **layer.transform)
         for k, name in enumerate(outputs):
             stats[k, a:b] = found[name]
         if dh is not None:
@@ -81,29 +83,50 @@ class GradientSums:
 
     def add(self, residual: Tensor, coef: Tensor, hidden: Tensor) -> None:
         """The part of rows with `residual` [n, V], coefficients [n, 1] and hidden states [n, D]."""
+        coef = coef if self.peak is None else coef / self.peak
         if self.of_weight is not None:
-            scaled = (hidden * (coef if self.peak is None else coef / self.peak)).to(hidden.dtype)
+            scaled = torch.mul(hidden, coef, out=torch.empty_like(hidden))
             if self.several:
                 self.weight = add_product(self.weight, residual.t(), scaled)
             else:
                 self.weight = torch.mm(residual.t(), scaled)
         if self.of_bias is not None:
-            for a, b in row_blocks(0, len(residual), residual):
-                part = (residual[a:b] * coef[a:b]).sum(0)
-                self.bias = part if self.bias is None else self.bias.add_(part)
+            self.bias = add_column_sums(self.bias, residual, coef)
 
     def results(self, empty: Tensor) -> tuple[Tensor, Tensor]:
         """In the types of weight and bias; `empty` where one is not wanted, zeros where no row was added."""
-        if self.peak is not None and self.weight is not None:
-            self.weight.mul_(self.peak)
-        pairs = ((self.of_weight, self.weight), (self.of_bias, self.bias))
+        bias = None if self.bias is None else self.bias.sum(1)
+        pairs = ((self.of_weight, self.weight), (self.of_bias, bias))
         found = []
         for like, total in pairs:
+            if self.peak is not None and total is not None:
+                total.mul_(self.peak)
             if like is None:
                 found.append(empty.new_empty(0))
             else:
                 found.append(torch.zeros_like(like) if total is None else total.to(like.dtype))
         return found[0], found[1]
+
+
+def add_column_sums(total: Tensor | None, residual: Tensor, coef: Tensor) -> Tensor:
+    """`total + residual.t() @ coef` in float32 or wider, [V, k]: the sum over k is meant."""
+    if residual.is_cuda or residual.dtype == coef.dtype:
+        return add_product(total, residual.t(), as_columns(coef, residual.dtype))
+    # A CPU's product of half precision would round each sum; the float32 copies of a few rows stay in its cache.
+    for a, b in row_blocks(0, len(residual), residual):
+        part = (residual[a:b] * coef[a:b]).sum(0)[:, None]
+        total = part if total is None else total.add_(part)
+    return total
+
+
+def as_columns(coef: Tensor, dtype: torch.dtype) -> Tensor:
+    """Coefficients [n, 1] as columns of `dtype` whose sum they are, to twice its digits; a row of 16 bytes suits a GPU."""
+    if coef.dtype == dtype:
+        return coef
+    columns = coef.new_zeros(len(coef), 8, dtype=dtype)
+    columns[:, :1] = coef
+    columns[:, 1:2] = coef - columns[:, :1]
+    return columns
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -134,22 +157,24 @@ def gradients(
     residual: Tensor,  # [kept, V], from `score`
     dh: Tensor | None,  # [N, D]: receives the gradient of hidden
     sums: GradientSums,  # receives those of weight and bias
+    spend: bool,  # whether `residual` may be overwritten
 ) -> None:
     """Rows past those kept are computed again, a tile at a time."""
-    n, kept = hidden.shape[0], residual.shape[0]
-    rest = [(a + kept, b + kept) for a, b in layer.chunks(n - kept)]
-    spare = hidden.new_empty(max((b - a for a, b in rest), default=0), layer.weight.shape[0])
+    n, kept = len(hidden), len(residual)
+    memory = layer.tile(n - kept, residual if spend else None)
+    rest = [(a + kept, b + kept) for a, b in chunks(n - kept, max(1, len(memory)))]
     # The kept rows are one chunk: their product is accumulated inside one GEMM and rounded once.
     for a, b in ([(0, kept)] if kept else []) + rest:
         if b <= kept:
             g = residual
         else:
-            g = layer.logits(hidden[a:b], spare[: b - a])
+            g = layer.logits(hidden[a:b], memory[: b - a])
             layer.launch.residual_(g, targets[a:b], outputs=(), **layer.transform)
         if dh is not None:
-            dh[a:b] = torch.mm(g, layer.weight) * coef[a:b]
+            torch.mm(g, layer.weight, out=dh[a:b]).mul_(coef[a:b])
         sums.add(g, coef[a:b], hidden[a:b])
 
 
-def kept_rows(n: int, weight: Tensor, workspace_bytes: int) -> int:
-    return min(n, workspace_bytes // (weight.shape[0] * weight.element_size()))
+def workspace_rows(weight: Tensor, workspace_bytes: int) -> int:
+    """How many rows [V] of the type of `weight` fit."""
+    return workspace_bytes // (len(weight) * weight.element_size())

@@ -29,6 +29,36 @@ def library_op(name: str, mutates: Sequence[str] = ()) -> Callable:
     return wrap
 
 
+_ONCE = (
+    "the ops of dpo_fast have first derivatives only: write the loss in plain PyTorch (logits.log_softmax(-1), then "
+    "dpo_fast.preference_loss) where a gradient is differentiated again"
+)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """`backward` of an op whose gradients, differentiated again, are an error, whatever else depends on them.
+
+    torch.autograd.function.once_differentiable lets them through where the gradient that comes in is a constant.
+    """
+
+    def refused(x):
+        if isinstance(x, list):
+            return [refused(part) for part in x]
+        if not isinstance(x, Tensor):
+            return x
+        return torch._C._functions.DelayedError(_ONCE.encode(), 1)(x.detach().requires_grad_())
+
+    @functools.wraps(backward)
+    def first(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        return tuple(refused(x) for x in found)
+
+    return first
+
+
 def split_names(outputs: str) -> tuple[str, ...]:
     """The schema of an op holds no tuple of strings."""
     return tuple(outputs.split(",")) if outputs else ()
@@ -47,38 +77,67 @@ def unstacked(stats: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
 # ---- Gradients that exist already ----
 
 
+_LOSS_ALONE = (
+    "only `loss` of dpo_loss and linear_dpo_loss carries a gradient, computed in their forward pass: losses, chosen_logps "
+    "and rejected_logps cannot go into a loss of your own. Use loss_weights, pair_weights or sft_weight, detach them, or "
+    "take sequence_logps or linear_sequence_logps with preference_loss, whose outputs all carry it"
+)
+
+
 @library_op("scale_", mutates=("x",))
-def scale_(x: Tensor, factor: Tensor, backend: str) -> None:
-    """`x *= factor`, free where the factor is 1."""
+def scale_(x: Tensor, factor: Tensor, unused: Sequence[Tensor], backend: str) -> None:
+    """`x *= factor`, free where the factor is 1. The gradients `unused` must be zero.
+
+    A compiled backward pass hands over zeros for outputs that nothing reads, so their values are looked at there.
+    """
+    for grad in unused:
+        if grad.is_cuda:
+            torch._assert_async((grad == 0).all(), _LOSS_ALONE)
+        elif grad.any():
+            raise RuntimeError(_LOSS_ALONE)
     resolve(backend, x.device, x.dtype).scale_(x, factor)
 
 
 @scale_.register_fake
-def _(x, factor, backend):
+def _(x, factor, unused, backend):
     return None
 
 
 @torch.library.custom_op("dpo_fast::with_gradients", mutates_args=())
-def with_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], backend: str) -> Tensor:
-    """The loss; its gradients with respect to `inputs` are `gradients`, which backward multiplies in place."""
-    return loss.clone()
+def with_gradients(
+    loss: Tensor,
+    losses: Tensor,
+    logps: Tensor,
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, losses and log-probs. The gradients of `loss` with respect to `inputs` are `gradients`, which backward
+    multiplies in place; a gradient of the other two is an error there, since nobody has it.
+    """
+    return loss.clone(), losses.clone(), logps.clone()
 
 
 @with_gradients.register_fake
-def _(loss, inputs, gradients, backend):
-    return torch.empty_like(loss)
+def _(loss, losses, logps, inputs, gradients, backend):
+    return torch.empty_like(loss), torch.empty_like(losses), torch.empty_like(logps)
 
 
 def _save_gradients(ctx, inputs, output):
-    ctx.backend = inputs[3]
-    ctx.save_for_backward(*inputs[2])
+    ctx.backend = inputs[5]
+    ctx.save_for_backward(*inputs[4])
+    ctx.set_materialize_grads(False)
 
 
-def _hand_out(ctx, grad):
+@once_differentiable
+def _hand_out(ctx, grad, *others):
+    used = [x for x in others if x is not None]
+    if used and not torch.compiler.is_compiling():
+        raise RuntimeError(_LOSS_ALONE)
     gradients = list(ctx.saved_tensors)
     for x in gradients:
-        scale_(x, grad, ctx.backend)
-    return None, gradients, [None] * len(gradients), None
+        scale_(x, grad, used, ctx.backend)
+    return None, None, None, gradients, [None] * len(gradients), None
 
 
 with_gradients.register_autograd(_hand_out, setup_context=_save_gradients)

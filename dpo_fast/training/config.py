@@ -22,6 +22,7 @@ from ..losses import LossOptions
 from ..ops import WORKSPACE_BYTES
 from .handed_on import check_schedule
 from .unused import sentence, set_back, unused_options
+from .value_checks import check_evaluation, check_numbers, check_on_nan
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,7 @@ class DPOConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata={"help": "Compute in bfloat16 with float32 weights. Default: on unless fp16 is set."}
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Not used: the columns that are needed are kept."}
-    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "No effect: the columns needed are kept."})
 
     # The model.
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -155,12 +154,25 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "Not used: max_tokens_per_batch bounds memory."}
     )
 
+    # Faults.
+    on_nan: str = field(
+        default="stop",
+        metadata={"help": "A loss or gradient that is nan or inf: stop, or skip (waits for the device every step)."},
+    )
+    resume_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "What may differ from the run that is resumed: names of options, model, train_dataset."},
+    )
+
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         # A machine without an accelerator has one choice, and transformers wants it said before it computes in bf16.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        check_numbers(self)
+        check_evaluation(self)
+        check_on_nan(self)
         if unused := unused_options(vars(self), defaults := self.defaults()):
             logger.warning(sentence(unused))
             set_back(vars(self), defaults, unused)
@@ -185,6 +197,8 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name, fine[0])
             if value not in fine and getattr(value, "value", value) not in fine:
                 raise ValueError(f"dpo_fast cannot honour {name}={value!r}: {why}. Remove it.")
+        # TRL's default is true; the columns that the layout needs are kept and the others left out either way.
+        self.remove_unused_columns = False
         if self.share not in SHARE_MODES:
             raise ValueError(f"share={self.share!r} is not one of {', '.join(SHARE_MODES)}")
         if self.truncation_mode not in TRUNCATION_MODES:

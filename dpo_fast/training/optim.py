@@ -62,9 +62,8 @@ class MasterWeights(torch.optim.Optimizer):
         stepped = [p for p in self._params() if p.grad is not None and p.dtype in _LOW_PRECISION]
         with self._on_masters(stepped):
             self.inner.step()
-        for p in stepped:
-            p.copy_(self._masters[p])
-            self._versions[p] = p._version
+        _copy_all(stepped, [self._masters[p] for p in stepped])
+        self._versions.update((p, p._version) for p in stepped)
         return loss
 
     def state_dict(self) -> dict:
@@ -117,8 +116,11 @@ class MasterWeights(torch.optim.Optimizer):
         """Puts the masters in the place of the parameters of the inner optimizer, those of `stepped` with gradients."""
         params = [group["params"] for group in self.param_groups]
         try:
-            for p in stepped:
-                self._fresh_master(p).grad = p.grad.float()
+            masters = [self._fresh_master(p) for p in stepped]
+            gradients = [torch.empty_like(p.grad, dtype=torch.float32) for p in stepped]
+            _copy_all(gradients, [p.grad for p in stepped])
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient
             for group in self.param_groups:
                 group["params"] = [self._masters.get(p, p) for p in group["params"]]
             yield
@@ -142,3 +144,9 @@ class MasterWeights(torch.optim.Optimizer):
         elif self._versions.get(p) != p._version:
             master.copy_(torch.where(p == master.to(p.dtype), master, p))
         return master
+
+
+def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """`target.copy_(source)` of each pair, in as few launches as torch makes of many tensors on a GPU."""
+    if targets:
+        torch._foreach_copy_(targets, sources)

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import inspect
 import json
+import logging
 import os
 import struct
 import zlib
@@ -28,6 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .disk import full_disk, is_full
+
+logger = logging.getLogger(__name__)
 _BODY = struct.Struct("<16s2d")
 _RECORD_SIZE = _BODY.size + 4
 _FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -182,12 +186,18 @@ class RefCache:
         start = self._end if self._end <= end else 0
         file.seek(start)
         data = file.read(end - start)
+        damaged = 0
         for at in range(0, len(data), _RECORD_SIZE):
             body, crc = data[at : at + _BODY.size], data[at + _BODY.size : at + _RECORD_SIZE]
             if zlib.crc32(body) == int.from_bytes(crc, "little"):
                 key, chosen, rejected = _BODY.unpack(body)
                 self._values.setdefault(key, (chosen, rejected))
+            else:
+                damaged += 1
         self._end = end
+        if damaged:
+            what = "1 record of %s is" if damaged == 1 else f"{damaged} records of %s are"
+            logger.warning(what + " damaged: what is missing is computed again", self.path)
 
     def _write_sidecar(self) -> None:
         sidecar = self.path.with_suffix(".json")
@@ -243,7 +253,15 @@ def compute_missing(
                     f"the reference gives example {i} log-probs {pair.tolist()} (tokens: {sizes}); "
                     "look for an empty completion, ids outside the vocabulary, or an overflow of fp16"
                 )
-        cache.put_many(batch, computed)
+        try:
+            cache.put_many(batch, computed)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            left = len(order) - start
+            what = f"the cache of {left} more reference log-probs"
+            kept = "Those computed so far are kept; ref_cache_dir names another folder"
+            raise OSError(full_disk(cache.path.parent, left * _RECORD_SIZE, what, kept)) from error
         if progress is not None:
             progress(start + len(batch), len(order))
     for i in missing:

@@ -23,7 +23,7 @@ NONE, CACHED, MODEL, ADAPTER = "none", "cached", "model", "adapter"
 def choose_reference(args, model, ref_model, sharded: bool, adapters: bool) -> str:
     """How the run gets its reference log-probs. Raises ValueError for a combination that cannot work."""
     adapters = adapters or hasattr(model, "disable_adapter")
-    if LossOptions.of(args).reference_free:
+    if not LossOptions.of(args).has_reference:
         if ref_model is not None:
             raise ValueError(f"loss_type {args.loss_type} takes no reference: do not pass ref_model")
         return NONE
@@ -53,12 +53,57 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     return copied.requires_grad_(False).eval()
 
 
+def has_trained_adapters(model: torch.nn.Module) -> bool:
+    """Whether a PEFT model's adapters change what it computes: all but LoRA's second factors of zero beside equal copies."""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    if any(getattr(config.peft_type, "value", None) != "LORA" for config in model.peft_config.values()):
+        return True
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ("lora_B" in name or "lora_embedding_B" in name) and bool(parameter.any()):
+            return True
+        if ".modules_to_save." in name:
+            before, _, after = name.partition(".modules_to_save.")
+            if not torch.equal(parameter, parameters[f"{before}.original_module.{after.partition('.')[2]}"]):
+                return True
+    return False
+
+
+def keep_start_adapters(model: torch.nn.Module) -> None:
+    """Keep a frozen copy of a PEFT model's adapters: with them, not without any, the model is its own reference."""
+    adapted = [n for n, p in model.named_parameters() if _is_adapter(n) or p.requires_grad]
+    parameters = dict(model.named_parameters())
+    base_model(model)._dpo_fast_start = {name: parameters[name].detach().clone() for name in adapted}
+
+
+@contextlib.contextmanager
+def _start_adapters(model):
+    """The kept copy in the place of the adapters, which come back afterwards; their gradients and graph stay whole."""
+    start, parameters = base_model(model)._dpo_fast_start, dict(model.named_parameters())
+    now = {name: parameters[name].data for name in start}
+    try:
+        for name, kept in start.items():
+            start[name] = parameters[name].data = kept.to(now[name])
+        yield
+    finally:
+        for name, data in now.items():
+            parameters[name].data = data
+
+
 @contextlib.contextmanager
 def as_reference(model, adapters: bool):
-    """No gradients, no dropout, and the adapters off where the model has them."""
+    """No gradients, no dropout, and the adapters off, or as they were at the start where they were trained by then."""
     inner = model if hasattr(model, "disable_adapter") else getattr(model, "module", model)
-    with evaluating(model), inner.disable_adapter() if adapters else contextlib.nullcontext():
+    before = contextlib.nullcontext()
+    if adapters:
+        before = _start_adapters(inner) if hasattr(base_model(inner), "_dpo_fast_start") else inner.disable_adapter()
+    with evaluating(model), before:
         yield
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name
 
 
 def default_cache_dir() -> Path:
@@ -70,9 +115,12 @@ def precompute(trainer, model, examples, name: str) -> np.ndarray:
     """float64 [len(examples), 2] log-probs under `model`, computed where the cache lacks them, on all ranks together."""
     args, accelerator = trainer.args, trainer.accelerator
     adapters = hasattr(model, "disable_adapter")
+    with as_reference(model, adapters):
+        skip = None if hasattr(base_model(model), "_dpo_fast_start") or not adapters else _is_adapter
+        fingerprint = weights_fingerprint(model, skip=skip)
     cache = RefCache(
         args.ref_cache_dir or default_cache_dir(),
-        weights=weights_fingerprint(model, skip=(lambda name: "lora_" in name) if adapters else None),
+        weights=fingerprint,
         precision=f"{next(model.parameters()).dtype}/{accelerator.mixed_precision}",
         version=__version__,
         extra={"ld_alpha": args.ld_alpha},

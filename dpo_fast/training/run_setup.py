@@ -1,6 +1,5 @@
 """What a run is made of: `plan_run` checks it before any weight is read, `set_up` loads, wraps and tokenises."""
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -8,16 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.pairs import PairDataset, prepare
-from ..forest.gate import Plan, base_model, has_aux_loss, output_layer, plan_model
-from ..forest.model import prepare_model, restore_model
+from ..forest.gate import Plan, base_model, has_aux_loss, plan_model
+from ..forest.head import output_layer
+from ..forest.model import own_config, prepare_model, restore_model
 from ..losses import LossOptions
 from .config import DPOConfig
-from .handed_on import check_lora_targets
-from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy
+from .dropout import no_dropout
+from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
+from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
+from .start_checks import check_finite, check_positions
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +43,20 @@ def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None) -> RunPla
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError("ZeRO-3 partitions the weights before they can be checked: use ZeRO-2 or fsdp")
-    reference = choose_reference(args, model, ref_model, is_sharded(args), adapters=peft_config is not None)
-    if isinstance(model, str):
-        remote = {"trust_remote_code": args.trust_remote_code}
-        revision = (args.model_init_kwargs or {}).get("revision", "main")
-        config = AutoConfig.from_pretrained(model, revision=revision, **remote)
+    by_name = isinstance(model, str)
+    base = adapter_base(model, args) if by_name else None
+    adapters = peft_config is not None or base is not None
+    if peft_config is not None:
+        check_adapters(peft_config)
+    reference = choose_reference(args, model, ref_model, is_sharded(args), adapters=adapters)
+    if by_name:
+        empty = empty_model(base or model, args)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, **remote)
             path, head = plan_model(empty), empty.get_output_embeddings()
             add_adapters(empty, peft_config)
     else:
+        for config in getattr(model, "peft_config", {}).values():
+            check_adapters(config)
         restore_model(model)
         path, head = plan_model(base_model(model)), base_model(model).get_output_embeddings()
     return RunPlan(model, ref_model, peft_config, path, head.weight.shape[0], reference)
@@ -81,23 +87,29 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     set_seed(args.seed)  # adapters start at random
     model, ref_model, reference = run.model, run.ref_model, run.reference
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
-    model = load_model(model, args)
+    model = load_model(model, args, shared=run.path.path == "shared")
     if tokenizer is None and name:
         tokenizer = load_tokenizer(name, args)
     foreign = ref_model is not None
-    if reference in (ADAPTER, CACHED) and not foreign and has_trained_adapters(model):
-        raise ValueError(
-            "the model's adapters are already trained, so the base model under them is not its reference: merge them "
-            "(merge_and_unload) and pass peft_config, or pass ref_model"
-        )
+    check_finite(base_model(model))
     if ref_model is None and reference == MODEL:
         ref_model = frozen_copy(model)
     model = add_adapters(model, run.peft_config)
+    vars(base_model(model)).pop("_dpo_fast_start", None)  # of an earlier run
+    if reference in (ADAPTER, CACHED) and not foreign and has_trained_adapters(model):
+        if is_sharded(args):
+            raise ValueError(
+                "the model's adapters are already trained, and a frozen copy of them cannot be kept under FSDP or DeepSpeed: "
+                "merge them (merge_and_unload) and pass peft_config, or pass ref_model"
+            )
+        keep_start_adapters(model)
     for module in filter(None, (model, ref_model)):
+        own_config(base_model(module))
         if args.disable_dropout:
             no_dropout(module)
     ref_model = ref_model.requires_grad_(False).eval() if ref_model is not None else None
     plan = prepare_model(model, workspace_bytes=args.workspace_bytes, backend=args.backend)
+    note_attention(model, plan, args)
     share = args.share
     if not plan.share and share != "none":
         share = "none"
@@ -112,13 +124,15 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     vocab_size = head.weight.shape[0]
     datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
     prepared = {k: prepare(v, tokenizer, args, vocab_size, k, share) for k, v in datasets.items() if v is not None}
+    train = None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share)
+    check_positions(base_model(model), {**prepared, **({} if train is None else {"train": train})})
     return Setup(
         model=model,
         ref_model=ref_model,
         plan=plan,
         tokenizer=tokenizer,
         adapters=hasattr(model, "disable_adapter"),
-        train_dataset=None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share),
+        train_dataset=train,
         eval_dataset=prepared if isinstance(eval_rows, dict) else prepared.get("eval"),
         vocab_size=vocab_size,
         share=share,
@@ -130,63 +144,16 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     )
 
 
-def load_model(model, args: DPOConfig) -> torch.nn.Module:
-    """The model itself, or the one of that name: float32 unless `model_init_kwargs` says otherwise, safetensors only."""
-    if not isinstance(model, str):
-        if args.model_init_kwargs:
-            raise ValueError("model_init_kwargs has no effect: the model is already loaded")
-        return model
-    options = {"dtype": "float32", "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
-    options = {**options, **(args.model_init_kwargs or {}), "output_loading_info": True}
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, **options)
-    except TypeError as error:
-        raise ValueError(f"model_init_kwargs do not fit the model: {error}") from None
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{model} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, which would be random: is it a "
-            "causal language model?"
-        )
-    return loaded
-
-
-def load_tokenizer(name: str, args: DPOConfig):
-    """The tokenizer of a model's folder or hub name; None where there is none."""
-    revision = (args.model_init_kwargs or {}).get("revision")
-    with contextlib.suppress(OSError, ValueError):  # a folder without a tokenizer
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    return None
-
-
-def add_adapters(model, peft_config):
-    """The model in PEFT's wrapper. Raises ValueError for adapters on the head: its log-probs are read off its weight."""
-    if peft_config is not None:
-        try:
-            from peft import get_peft_model
-        except ModuleNotFoundError as error:
-            raise ImportError("peft_config needs peft: pip install 'dpo_fast[train]'") from error
-        if hasattr(model, "disable_adapter"):
-            raise ValueError("the model already has adapters: merge them first, or leave peft_config out")
-        check_lora_targets(model, peft_config)
-        model = get_peft_model(model, peft_config)
-        output_layer(base_model(model))
-    return model
-
-
-def has_trained_adapters(model: torch.nn.Module) -> bool:
-    """Whether LoRA's second factor, which starts at zero, is something else by now."""
-    return hasattr(model, "disable_adapter") and any(
-        "lora_B" in name and bool(p.any()) for name, p in model.named_parameters()
-    )
-
-
-def no_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to 0, that of attention functions too."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+def note_attention(model, plan: Plan, args: DPOConfig) -> None:
+    """Say which attention runs; loudly where another was asked for."""
+    if plan.path == "segments":
+        return
+    wanted = (args.model_init_kwargs or {}).get("attn_implementation")
+    runs = base_model(model).config._attn_implementation
+    name = "dpo_fast's own, exact over shared prompts" if plan.path == "shared" else runs
+    level = logging.INFO if wanted in (None, runs) else logging.WARNING
+    asked = "" if wanted is None else f" (attn_implementation={wanted} was asked for; the numbers are the same)"
+    logger.log(level, "attention: %s%s", name, asked)
 
 
 def aux_coefficient(model, args: DPOConfig) -> float:

@@ -1,37 +1,101 @@
-"""Two checks before a run spends its time: sharing changes nothing, and the policy starts at the reference."""
+"""Checks before a run spends its time: the weights are numbers, the rows fit the positions, sharing changes nothing, and
+the policy starts at the reference."""
 
 import logging
 import math
 
 import torch
 
-from ..forest.gate import Plan, base_model
-from ..forest.model import evaluating
+from ..data.pairs import PairDataset
+from ..forest.gate import Plan, base_model, rope_parameters
+from ..forest.model import evaluating, reset_rope
 from ..forest.packing import PrefixForest
 
 logger = logging.getLogger(__name__)
 
 
-def verify_sharing(model: torch.nn.Module, plan: Plan, example: dict, share: str) -> float:
-    """Largest difference of a token's log-prob, shared against the model's own forward, on a slice of one pair (nats).
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise ValueError that names the first parameter or buffer of `model` that holds NaN or an infinite number."""
+    for name, tensor in model.named_parameters():
+        # A sum first: it reads without writing. It may overflow where no number is infinite.
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.detach().sum().isfinite():
+            bad = int((~tensor.detach().isfinite()).sum())
+            if bad:
+                raise ValueError(
+                    f"the model's weight {name} holds {bad} of {tensor.numel()} numbers that are NaN or infinite: its file "
+                    "is damaged, or the run that wrote it diverged"
+                )
 
-    The slice is at most 64 prompt and 32 completion tokens. Raises ValueError where the two disagree.
+
+def check_positions(model: torch.nn.Module, data: dict[str, PairDataset]) -> None:
+    """Raise ValueError for rows with more tokens than the model has positions: learned ones, or rotary without scaling."""
+    if getattr(model, "config", None) is None or not hasattr(model.config, "get_text_config"):
+        return
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    name, limit = next(((n, v) for n in names if isinstance(v := getattr(config, n, None), int)), (None, None))
+    ropes = rope_parameters(config)
+    plain = bool(ropes) and all(rope.get("rope_type", "default") == "default" for rope in ropes)
+    if limit is None or not (plain or _learns_positions(model)):
+        return
+    for part, rows in data.items():
+        lengths = [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in rows.examples]
+        long = [i for i, length in enumerate(lengths) if length > limit]
+        if long:
+            raise ValueError(
+                f"{len(long)} pairs of the {part} data have more tokens than the model has positions ({name}={limit}; pair "
+                f"{long[0]} has {lengths[long[0]]}): set max_length to {limit} at most"
+            )
+
+
+def _learns_positions(model) -> bool:
+    parts = ("wpe", "pos", "position")
+    return any(
+        isinstance(module, torch.nn.Embedding) and any(part in name.rpartition(".")[2] for part in parts)
+        for name, module in model.named_modules()
+    )
+
+
+def verify_start(model: torch.nn.Module, plan: Plan, data: PairDataset, share: str, deterministic: bool) -> None:
+    """Check the model as the run will use it, on rows of the run: log-probs against its own forward, and no dropout.
+
+    A shared model sees a slice of the first pair; a padded one the longest row of the data beside the shortest, whole.
+    deterministic: two passes in training mode must give the same numbers. Raises ValueError where a check fails.
+    """
+    examples = data.examples
+    if plan.path == "padded":
+        size = [sum(len(e[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for e in examples]
+        order = sorted(range(len(size)), key=size.__getitem__)
+        rows = [examples[i] for i in dict.fromkeys((order[-1], order[0]))]
+    else:
+        e = examples[0]
+        rows = [{"prompt_ids": e["prompt_ids"][-64:], **{k: e[k][:32] for k in ("chosen_ids", "rejected_ids")}}]
+    verify_sharing(model, plan, rows, share)
+    verify_training_mode(model, rows, share, deterministic)
+
+
+def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: str) -> float:
+    """Largest difference of a token's log-prob in nats: `rows` in one forest against the model's own forward of each sequence.
+
+    Raises ValueError where the two disagree.
     """
     model = base_model(model)
-    prompt, completions = example["prompt_ids"][-64:], [example["chosen_ids"][:32], example["rejected_ids"][:32]]
     parameter = next(model.parameters())
-    forest = PrefixForest.build([prompt] * 2, completions, share=share).to(parameter.device)
+    forest = PrefixForest.from_pairs(rows, share=share).to(parameter.device)
+    sequences = [(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids") for e in rows]
     differences = [torch.zeros(1, dtype=torch.float64, device=parameter.device)]
     with evaluating(model), torch.autocast(parameter.device.type, enabled=False):
         # Any back end: a model that FSDP will move is still on the CPU.
         ours = forest.gather_paths(model(forest=forest, backend=None)["token_logps"]).double()
-        for s, completion in enumerate(completions):
-            ids = torch.tensor([prompt + completion], device=parameter.device)
+        for s, (prompt, completion) in enumerate(sequences):
+            ids = torch.tensor([[*prompt, *completion]], device=parameter.device)
             if plan.path == "segments":
                 hidden, _ = model.hidden_states(ids)
                 head = model.get_output_embeddings()
                 logits = torch.nn.functional.linear(hidden[0], head.weight, getattr(head, "bias", None))
             else:
+                if plan.regimes:
+                    reset_rope(model)
                 logits = model(input_ids=ids, use_cache=False).logits[0]
             scored = int(forest.lengths[s])
             logps = logits[-scored - 1 : -1].double().log_softmax(-1)
@@ -40,9 +104,40 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, example: dict, share: str
     worst = torch.cat(differences).max().item()
     tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.5
     if not worst <= tolerance:
+        advice = "Train with --share none, and please" if plan.path == "shared" else "Please"
         raise ValueError(
             f"verification failed: a token's log-prob differs by {worst:.3g} nats between share={share!r} and the "
-            f"model's own forward ({plan.path} path). Train with --share none, and please report the model"
+            f"model's own forward ({plan.path} path). {advice} report the model"
+        )
+    return worst
+
+
+def verify_training_mode(model: torch.nn.Module, rows: list[dict], share: str, deterministic: bool = True) -> float:
+    """Largest difference in nats between two passes in training mode without gradients, which must be rounding at most.
+
+    Raises ValueError where a model draws random numbers although dropout is off (`deterministic`), and what the model
+    itself raises in training mode.
+    """
+    bare = base_model(model)
+    parameter = next(bare.parameters())
+    forest = PrefixForest.from_pairs(rows, share=share).to(parameter.device)
+    modes = {module: module.training for module in model.modules()}
+    state = torch.get_rng_state()
+    model.train()
+    try:
+        with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+            first, second = (bare(forest=forest, backend=None)["token_logps"].double() for _ in range(2))
+    finally:
+        torch.set_rng_state(state)
+        for module, mode in modes.items():
+            module.training = mode
+    worst = (first - second).abs().max().item()
+    # Sums of atomics may round differently on a GPU; a dropped activation moves a log-prob by tenths of a nat.
+    if deterministic and not worst <= (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.02):
+        raise ValueError(
+            f"two passes in training mode differ by {worst:.3g} nats although disable_dropout is on: "
+            f"{type(bare).__name__} draws random numbers that no dropout option turns off. Train with "
+            "disable_dropout=False to accept its noise"
         )
     return worst
 

@@ -6,6 +6,7 @@ TRL's users have them in their files. What would change what is computed is refu
 from collections.abc import Iterable, Mapping, MutableMapping
 
 from ..loss_table import LOSSES
+from ..losses import LossOptions
 
 # name -> the values that ask for nothing
 UNUSED: dict[str, tuple] = {
@@ -52,8 +53,7 @@ def unused_options(values: Mapping, defaults: Mapping) -> dict[str, str]:
         found.update({name: why for name in names if values[name] != defaults[name]})
 
     names = [values["loss_type"]] if isinstance(values["loss_type"], str) else values["loss_type"]
-    rows = [LOSSES[name] for name in names if name in LOSSES]
-    if rows and not any(row.needs_reference for row in rows):
+    if all(name in LOSSES for name in names) and not LossOptions(names).has_reference:
         if values["precompute_ref_log_probs"]:
             found["precompute_ref_log_probs"] = "without a reference"
         idle(("sync_ref_model", *_PRECOMPUTED), "without a reference")

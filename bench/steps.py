@@ -1,0 +1,214 @@
+"""Whole training steps at sizes that people train, on forests as full as asked, with random weights and real lengths.
+
+A step is the trainer's own: forward and backward over one forest, clipping, optimizer. Pairs are drawn from the lengths
+of real ones (lengths.py) until a forest has about as many rows as asked. Steps follow each other without a wait, as in a
+run; the time is that of several over their number. MFU is operations without recomputation over the peak of the
+vendor's data sheet, and beside it over the GEMM ceiling of the same process.
+"""
+
+import copy
+import dataclasses
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench.common import free, reason
+from bench.lengths import draw
+from bench.profiling import kernels, waits
+from bench.results import Results
+from bench.train import Stepper, options
+
+BATCHES = 3  # forests that take turns
+DATA = "oasst"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: what is trained, and how."""
+
+    model: str
+    rows: int  # of a forest, about
+    checkpointing: bool
+    lora: bool
+    bf16_weights: bool  # with float32 masters; else float32 weights and bf16 compute
+
+    @property
+    def shape(self) -> str:
+        return ", ".join(
+            [
+                f"{self.rows} rows",
+                "LoRA" if self.lora else "full",
+                "bf16 weights, float32 masters" if self.bf16_weights else "float32 weights, bf16 compute",
+                f"checkpointing {'on' if self.checkpointing else 'off'}",
+            ]
+        )
+
+
+def configs(dry: bool) -> dict:
+    """Shapes of Llama 3.2 1B and Qwen2 0.5B; for a dry run two tiny ones."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    common = {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if dry:
+        tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        tiny |= {"num_key_value_heads": 1, "vocab_size": 300, **common}
+        return {"llama tiny": LlamaConfig(**tiny), "qwen2 tiny": Qwen2Config(**tiny)}
+    return {
+        "llama 1B": LlamaConfig(
+            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, **common,
+        ),
+        "qwen2 0.5B": Qwen2Config(
+            vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, max_position_embeddings=32768, **common,
+        ),
+    }  # fmt: skip
+
+
+def cases(dry: bool) -> list[Case]:
+    """All combinations, the most telling first: those that differ in fewest things from 8k rows, full, no recomputation."""
+    models, rows = list(configs(dry)), ([64] if dry else [8192, 2048, 16384])
+    on_off = (False, True)
+    found = [Case(*case) for case in itertools.product(models, rows, on_off, on_off, (True, False))]
+
+    first = found[0]
+
+    def changes(case: Case) -> int:
+        return sum(getattr(case, f.name) != getattr(first, f.name) for f in dataclasses.fields(Case))
+
+    found = sorted(found, key=changes)
+    return found[:5] if dry else found  # each thing changed once
+
+
+def groups(case: Case, vocabulary: int, count: int = BATCHES, dry: bool = False) -> list[list[dict]]:
+    """`count` groups of pairs, each a forest of at most `case.rows` rows (one pair where not even that fits)."""
+    from dpo_fast.forest.packing import pair_tokens
+
+    pairs = draw(DATA, vocabulary, random.Random(0), divisor=32 if dry else 1)
+    out, pair = [], next(pairs)
+    for _ in range(count):
+        group, room = [], case.rows
+        while not group or pair_tokens(pair, "prefix") <= room:
+            room -= pair_tokens(pair, "prefix")
+            group.append(pair)
+            pair = next(pairs)
+        out.append(group)
+    return out
+
+
+def build_model(config, bf16_weights: bool, device: str):
+    """Random weights, made on the device; the model writes into its config, so each gets its own."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.bfloat16 if bf16_weights else torch.float32
+        )
+
+
+def dpo_fast_trainer(case: Case, config, device: str, folder: Path, pairs: list[list[dict]]):
+    from dpo_fast import DPOConfig, DPOTrainer
+    from dpo_fast.data.pairs import PairDataset
+
+    peft_config = None
+    if case.lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    args = DPOConfig(
+        **options(folder, "run", 1, device, "bfloat16"), gradient_checkpointing=case.checkpointing, verify=False
+    )
+    examples = [pair for group in pairs for pair in group]
+    model = build_model(config, case.bf16_weights, device)
+    trainer = DPOTrainer(model, args=args, train_dataset=PairDataset(examples), peft_config=peft_config)
+    trainer._started = True  # the drawn reference is none: nothing to compare at the first step
+    trainer.batches = [trainer.data_collator(group) for group in pairs]
+    return trainer
+
+
+def measure(results: Results, dry: bool, top: dict, cases: list[Case], repeats: int = 3, steps: int = 4) -> None:
+    """One row for each case; first the time of steps, then memory, waits and kernels of one more each."""
+    known = configs(dry)
+    for case in cases:
+        head = {"model": case.model, "shape": case.shape, "system": "dpo_fast", **dataclasses.asdict(case)}
+        if results.out_of_time:
+            results.add(**head, skipped="out of time")
+            continue
+        results.now(f"step of {case.model}, {case.shape}", "")
+        with results.attempt(**head), tempfile.TemporaryDirectory() as folder:
+            row = _measure(results, case, known[case.model], Path(folder), dry, top, repeats, steps)
+            results.add(**head, **row)
+        free(results.device)
+
+
+def _measure(results: Results, case: Case, config, folder: Path, dry: bool, top: dict, repeats, steps) -> dict:
+    pairs = groups(case, config.vocab_size, dry=dry)
+    trainer = dpo_fast_trainer(case, config, results.device, folder, pairs)
+    parts = [part for batch in trainer.batches for part in batch["parts"]]
+    forests = [part.forest for part in parts]
+    flops = sum(trainer.setup.flops(f.rows, f.targets.numel(), f.grad_items) for f in forests) / BATCHES
+    stepper = Stepper(trainer, results.device)
+    found = timed(results, stepper, repeats, steps)
+    tokens, rows = (sum(x) / BATCHES for x in ([f.num_tokens for f in forests], [f.rows for f in forests]))
+    return {
+        "reference": trainer.setup.reference, **rates(found, sum(map(len, pairs)) / BATCHES, tokens, flops, results.device, top),
+        "forest_rows": rows, "live_rows": sum(f.targets.numel() for f in forests) / BATCHES,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()), **inside(results, stepper),
+    }  # fmt: skip
+
+
+def timed(results: Results, stepper: Stepper, repeats: int, steps: int) -> dict:
+    """Seconds per step: the median of `repeats` runs of `steps` steps, after steps on every batch to warm up."""
+    for _ in range(len(stepper.trainer.batches)):
+        loss = stepper.step()
+    per_step = []
+    for _ in range(repeats):
+        results.clock.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = stepper.step()
+        results.clock.cuda.synchronize()
+        per_step.append((time.perf_counter() - start) / steps)
+    return {"seconds": statistics.median(per_step), "all_seconds": per_step, "loss": float(loss)}
+
+
+def rates(found: dict, pairs: float, tokens: float, flops: float, device: str, top: dict) -> dict:
+    from dpo_fast.training.throughput import peak_flops
+
+    seconds, peak = found["seconds"], peak_flops(torch.device(device))
+    return {
+        **found, "pairs": pairs, "tokens": tokens, "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds,
+        "flops": flops, "flops_per_second": flops / seconds, "mfu": None if peak is None else flops / seconds / peak,
+        "share_of_gemm_ceiling": flops / seconds / top["flops_per_second"],
+    }  # fmt: skip
+
+
+def inside(results: Results, stepper: Stepper) -> dict:
+    """Peak memory, waits and kernels of one step each; what fails of them does not take the time with it."""
+    row = {}
+    for name, found in (
+        ("peak_bytes", lambda: {"peak_bytes": peak_bytes(results, stepper)}),
+        ("waits", lambda: waits(stepper.step, results.clock.cuda)),
+        ("launches", lambda: kernels(stepper.step, results.device)),
+    ):
+        try:
+            row |= found()
+        except RuntimeError as error:
+            row[name] = reason(error)
+    return row
+
+
+def peak_bytes(results: Results, stepper: Stepper) -> int | None:
+    """Most memory during a step, weights and optimizer included."""
+    cuda = results.clock.cuda
+    cuda.synchronize()
+    cuda.reset_peak_memory_stats()
+    stepper.step()
+    cuda.synchronize()
+    return cuda.max_memory_allocated()

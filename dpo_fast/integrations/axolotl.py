@@ -1,0 +1,28 @@
+"""Axolotl: one line in its YAML, and its own DPO trainer gets our log-probs.
+
+plugins: [dpo_fast.integrations.axolotl.DPOFastPlugin]
+"""
+
+from axolotl.integrations.base import BasePlugin
+
+from .trl import patch_trl
+
+
+class DPOFastPlugin(BasePlugin):
+    """Patches the TRL that Axolotl pins (1.8 or 1.9) before the model is loaded, for DPO runs only."""
+
+    def __init__(self):
+        super().__init__()
+        self.undo = None
+
+    def pre_model_load(self, cfg) -> None:
+        """Called by Axolotl. Raises ImportError for a TRL that was not tested."""
+        rl = getattr(cfg, "rl", None)
+        if str(getattr(rl, "value", rl)) in ("dpo", "ipo"):
+            self.undo = patch_trl()
+
+    def post_train_unload(self, cfg) -> None:
+        """Called by Axolotl at the end of a run."""
+        if self.undo is not None:
+            self.undo()
+            self.undo = None

@@ -1,0 +1,74 @@
+"""What the integrations share: which versions of a peer were tested, and patches that are undone as one."""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+
+def check_version(package: str, tested: str, any_version: bool = False) -> Version:
+    """The installed version of `package`, which must lie in `tested`, such as ">=1.16,<1.17".
+
+    Raises ImportError where it is not installed or, unless `any_version`, was not tested.
+    """
+    try:
+        found = Version(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{package} is not installed: pip install '{package}{tested}'") from None
+    if not any_version and not SpecifierSet(tested).contains(found, prereleases=True):
+        raise ImportError(
+            f"{package} {found} is installed and dpo_fast was tested with {package}{tested}: install one of these, or pass "
+            "any_version=True to try"
+        )
+    return found
+
+
+class Patches:
+    """Attributes that were replaced, and their way back.
+
+    with Patches() as patches:           # an error inside undoes what was replaced before it
+        patches.replace(module, "name", value)
+    undo = patches.undo
+    """
+
+    def __init__(self):
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def replace(self, owner: Any, name: str, value: Any) -> Any:
+        """Set `owner.name` to `value`; returns what it was. Raises ImportError where the peer has no such name."""
+        if not hasattr(owner, name):
+            raise ImportError(f"{getattr(owner, '__name__', owner)} has no {name}: this version was not tested")
+        old = getattr(owner, name)
+        self._replaced.append((owner, name, old))
+        setattr(owner, name, value)
+        return old
+
+    def undo(self) -> None:
+        """Put everything back, the last replaced first. A second call changes nothing."""
+        while self._replaced:
+            owner, name, old = self._replaced.pop()
+            setattr(owner, name, old)
+
+    def __enter__(self) -> "Patches":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self.undo()
+
+
+def once(
+    active: dict[str, Callable[[], None]], key: str, patch: Callable[[], Callable[[], None]]
+) -> Callable[[], None]:
+    """`patch()` unless `key` is patched already: then its undo comes back, so that patching twice is patching once."""
+    if key not in active:
+        undo = patch()
+
+        def undo_once() -> None:
+            if active.pop(key, None) is not None:
+                undo()
+
+        active[key] = undo_once
+    return active[key]

@@ -1,0 +1,25 @@
+"""TRL's own trainer with our head: one call before, one after. python examples/trl_patched.py MODEL PAIRS.jsonl"""
+
+import sys
+
+import torch
+from datasets import load_dataset
+from trl import DPOConfig, DPOTrainer
+
+from dpo_fast.integrations.trl import patch_trl
+
+model, pairs = sys.argv[1:3]
+steps = int(sys.argv[3]) if len(sys.argv) > 3 else -1
+undo = patch_trl()
+trainer = DPOTrainer(
+    model,
+    args=DPOConfig(
+        output_dir="runs/trl_patched",
+        max_steps=steps,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+    ),
+    train_dataset=load_dataset("json", data_files=pairs, split="train"),
+)
+trainer.train()
+undo()

@@ -1,0 +1,22 @@
+"""Our trainer under TRL's names: the import line is what changes. python examples/trl_trainer.py MODEL PAIRS.jsonl"""
+
+import sys
+
+import torch
+from datasets import load_dataset
+
+from dpo_fast.integrations.trl import DPOConfig, DPOTrainer  # was: from trl import DPOConfig, DPOTrainer
+
+model, pairs = sys.argv[1:3]
+steps = int(sys.argv[3]) if len(sys.argv) > 3 else -1
+trainer = DPOTrainer(
+    model,
+    args=DPOConfig(
+        output_dir="runs/trl_example",
+        max_steps=steps,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+    ),
+    train_dataset=load_dataset("json", data_files=pairs, split="train"),
+)
+trainer.train()
