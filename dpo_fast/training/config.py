@@ -184,6 +184,8 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        # A machine without an accelerator has one choice, and transformers wants it said before it computes in bf16.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         check_numbers(self)
         check_evaluation(self)
         check_on_nan(self)
