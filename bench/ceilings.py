@@ -8,9 +8,9 @@ import torch
 
 from bench.clock import Clock
 from bench.common import is_out_of_memory
-from dpo_fast.backends import resolve
+from dpo_fast.backends.eager import chunks, rows_within, tile_rows
 from dpo_fast.ops import WORKSPACE_BYTES
-from dpo_fast.ops.tiles import OutputLayer, kept_rows
+from dpo_fast.ops.tiles import workspace_rows
 
 
 def median_seconds(clock: Clock, call, turns: int = 10) -> float:
@@ -47,9 +47,8 @@ def head_products(hidden, weight, rows: int) -> dict[str, Callable[[], object]]:
 
 def chunk_rows(n: int, weight: torch.Tensor) -> tuple[int, int]:
     """Rows per chunk of a frozen head, and rows that a trained one keeps, of `n`: the package's own rule."""
-    layer = OutputLayer(weight, None, {}, resolve(None, weight.device, weight.dtype))
-    first, end = layer.chunks(n)[0]
-    return end - first, kept_rows(n, weight, WORKSPACE_BYTES)
+    tile = tile_rows(len(weight), weight.dtype, weight.device.type)
+    return chunks(n, tile)[0][1], rows_within(n, workspace_rows(weight, WORKSPACE_BYTES))
 
 
 def product_rates(clock: Clock, device: str, dtype: torch.dtype, n: int, d: int, v: int) -> dict[str, float]:

@@ -138,7 +138,7 @@ def summary(rows: list[dict]) -> str:
     lines = ["", "times:"]
     for row in rows:
         if "seconds" in row:
-            name = " | ".join(str(row[key]) for key in ("op", "model", "shape", "system") if row.get(key))
+            name = " | ".join(str(row[key]) for key in ("op", "model", "shape", "system", "variant") if row.get(key))
             share = next((f"{row[key]:.0%}" for key in ("share_of_floor", "share_of_gemm_ceiling") if row.get(key)), "")
             lines.append(f"  {name}: {row['seconds'] * 1e3:.3f} ms {share}".rstrip())
     failed = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench import checks
+from bench import checks, programs
 from bench.agreement import agreement
 from bench.ceilings import ceilings, product_rates
 from bench.chunks import SIZES, sweep
@@ -101,6 +101,12 @@ def _peers(results: Results, plan: Plan, seconds: float) -> None:
     _logits_in(bench, plan, among)
 
 
+def _programs(results: Results, plan: Plan, seconds: float) -> None:
+    top = _top(results, plan)
+    for n, v, t, _ in plan.logits:
+        programs.sweep(results, plan.dtype, n, v, t, top, plan.repeats)
+
+
 def _chunks(results: Results, plan: Plan, seconds: float) -> None:
     for n, d, v in plan.hidden:
         sweep(results, plan.dtype, n, d, v, plan.chunk_sizes)
@@ -154,7 +160,8 @@ class Part:
 PARTS = {
     "smoke-tests": Part("smoke", _smoke_tests, 150, silence=150),
     "ceilings": Part("smoke", _ceilings, 60),
-    "rows": Part("smoke", _rows, 180),
+    "rows": Part("smoke", _rows, 150),
+    "programs": Part("smoke", _programs, 60),
     "chunks": Part("smoke", _chunks, 120),
     "agreement": Part("head", _agreement, 120),
     "head": Part("head", _head, 150),

@@ -73,6 +73,15 @@ def test_peers_come_with_ours_in_turns(tmp_path, monkeypatch):
     assert {"torch eager", "torch.compile", "bare GEMMs"} <= {row["system"] for row in found if "seconds" in row}
 
 
+def test_programs(tmp_path):
+    found = [row for row in run_part("programs", tmp_path) if row["system"] == "dpo_fast csrc"]
+    assert not [row for row in found if "failed" in row]
+    assert {(row["op"], row["variant"][0]) for row in found} == {
+        ("dpo_fused", "3"), ("dpo_fused", "1"), ("residual_", "2"), ("residual_", "1"),
+    }  # fmt: skip
+    assert all(row["errors"]["from the first"] == 0 for row in found if "seconds" in row)  # a CPU has no such choice
+
+
 def test_chunks(tmp_path):
     found = run_part("chunks", tmp_path)
     assert not [row for row in found if "failed" in row]
