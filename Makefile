@@ -3,13 +3,14 @@
 #   make test     set up what is missing, then run the tests
 #   make test-oldest  the tests of models, trainer and command line with the oldest transformers that is allowed
 #   make peers    add the trainers of other people that the tests compare with
+#   make browser  install Debian's Chromium and its driver, without which the browser tests are skipped
 # The README shows the same steps one by one.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup peers train test test-oldest lint clean
+.PHONY: setup peers train test test-oldest browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +46,10 @@ $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS:%=tests/%.py)
+
+browser:
+	apt-get update
+	apt-get install -y --no-install-recommends chromium chromium-driver
 
 lint: setup
 	$(BIN)/ruff check .

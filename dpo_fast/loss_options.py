@@ -79,6 +79,11 @@ class LossOptions:
         return not any(row.needs_reference for row in self.rows)
 
     @property
+    def has_reference(self) -> bool:
+        """True when a run has a reference: for a loss that takes one, and for sft alone, whose rewards are beside one."""
+        return not self.reference_free or set(self.names) == {"sft"}
+
+    @property
     def margin_only(self) -> bool:
         """True when dL/dchosen_logps = -dL/drejected_logps for each pair, whatever the data: all are margin losses.
 
@@ -123,7 +128,7 @@ class LossOptions:
         Raises ValueError, naming the argument, for a value out of range and for an option without effect.
         """
         rows, names, weights = dict(zip(self.names, self.rows, strict=True)), self.names, self.weights
-        fit = len(weights) == len(names) and all(math.isfinite(weight) for weight in weights)
+        fit = len(weights) == len(names) and all(abs(weight) < math.inf for weight in weights)
         require(fit, lambda: f"loss_weights is {weights}: give one finite number for each of the losses {names}")
         require_in("(0, inf)", "beta", self.beta)
         require_in("(0, inf)", "discopop_tau", self.discopop_tau)

@@ -4,7 +4,6 @@ What is cheap comes first: options, files, layouts, tokens, the model's configur
 a user can mend ends as one line on stderr and exit status 2. Options are in cli/.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -15,13 +14,15 @@ from pathlib import Path
 
 import torch
 
+from .cli.config_file import read_config
 from .data.sources import Pairs, load_pairs, locate, split_pairs
 from .training import checkpoint
+from .training.run_lock import hold
 
 # What the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch")
-_LONGEST = 600  # characters of an error; transformers lists every model it knows
+_LONGEST = 1500  # characters of an error; transformers lists every model it knows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             shown = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
             print(f"dpo_fast: error{where}: {shown}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt as stopped:
+            print(f"dpo_fast: {stopped or 'interrupted before training: no checkpoint was written'}", file=sys.stderr)
+            return 130
 
 
 def _package(error: ModuleNotFoundError) -> str:
@@ -85,39 +89,10 @@ def _quiet():
                 logging.getLogger(name).setLevel(level)
 
 
-def read_config(argv: list[str]) -> dict:
-    """The YAML file that `--config` names, {} without one. Its `env` is put into the environment, not returned.
-
-    Raises FileNotFoundError, and ValueError for a file that is not a mapping of options.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    try:
-        path = parser.parse_known_args(argv)[0].config
-    except argparse.ArgumentError as error:
-        raise ValueError(error) from None
-    if path is None:
-        return {}
-    import yaml
-
-    with open(path) as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ValueError(f"{path} must hold options, one `name: value` a line")
-    environment = config.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise ValueError(f"env in {path} must be a mapping of variables, found {environment!r}")
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
-    return config
-
-
 def run(argv: list[str]) -> int:
     """Train, or inspect the data, as the options say. Raises what `main` turns into one line."""
     # Before transformers is imported: it reads the environment.
-    config = read_config(argv)
+    path, config = read_config(argv)
     from transformers.utils import logging as transformers_logging
 
     from .cli.parse import parse
@@ -125,14 +100,16 @@ def run(argv: list[str]) -> int:
     from .training.load import load_tokenizer
     from .training.run_setup import plan_run
 
-    script, args, model_args = parse(argv, config)
+    script, args, model_args = parse(argv, config, path)
     say = print if args.process_index == 0 else _say_nothing
     transformers_logging.set_verbosity_error()
     if args.disable_tqdm or args.process_index:
         transformers_logging.disable_progress_bar()
     name = model_args.model_name_or_path
     _check_files(script, args, model_args)
-    resume = _resume(args)
+    if not script.inspect_data and args.process_index == 0:
+        hold(args.output_dir)
+    args.resume_from_checkpoint = resume = _resume(args)
     initial = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     if model_args.attn_implementation:
         initial["attn_implementation"] = model_args.attn_implementation
@@ -148,7 +125,7 @@ def run(argv: list[str]) -> int:
         raise ValueError("chat_template_path has no effect: the data is text, not messages")
     if script.inspect_data:
         for part, loaded in pairs.items():
-            say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args)}")
+            say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args, part)}")
         return 0
     data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
     _train(run, script, args, tokenizer, data, resume, say)
@@ -206,14 +183,21 @@ def _load_pairs(script, args, say) -> dict[str, Pairs]:
     return pairs
 
 
-def _inspect(pairs: Pairs, tokenizer, args) -> str:
+def _inspect(pairs: Pairs, tokenizer, args, part: str) -> str:
     from .data.report import report
     from .data.tokenization import tokenize_pairs
+    from .training.batches import evaluation_batches, training_batches
 
     tokenized = tokenize_pairs(
-        pairs.rows, tokenizer, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows, log=_say_nothing
+        pairs.rows,
+        tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        skip_bad_rows=args.skip_bad_rows,
+        log=_say_nothing,
     )
-    return report(pairs, tokenized, tokenizer, batch_size=args.per_device_train_batch_size)
+    batches = training_batches if part == "train" else evaluation_batches
+    return report(pairs, tokenized, tokenizer, batches(tokenized.examples, args))
 
 
 def _train(plan, script, args, tokenizer, data, resume, say) -> None:
@@ -231,7 +215,7 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     after = _final_metrics(trainer) if "eval" in data else None
     if trainer.is_fsdp_enabled:  # accelerate's default for FSDP2 would leave the weights in shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(args.output_dir)
+    trainer.save_model(args.output_dir)  # and uploads it with push_to_hub
     say(f"saved the model and its tokenizer to {args.output_dir}")
     say(_summary(before, after, speed, trainer.state.global_step))
     trainer.accelerator.end_training()
@@ -254,7 +238,9 @@ def _summary(before: dict | None, after: dict | None, speed: dict, steps: int) -
         parts.append(f"margin {before[margin]:.3f} -> {after[margin]:.3f}")
     parts.append(f"step {steps} reached in {speed['seconds']:.1f} s")
     parts.append(f"{speed['pairs_per_second']:.1f} pairs/s")
-    parts.append(f"{speed['tokens_saved']:.1%} of tokens saved")
+    parts.append(
+        f"{speed['tokens_saved']:.1%} of packed tokens saved ({speed['tokens_saved_of_padded']:.1%} of padded)"
+    )
     return ", ".join(parts)
 
 

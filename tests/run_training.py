@@ -1,18 +1,21 @@
 """A training run as a process of its own, for tests that kill it or start several: `python run_training.py spec.json`.
 
-The spec: `model` (folder), `options` (of DPOConfig), `train`, `eval` (rows), `resume`, `out` (where rank 0 writes the log
-history and the final weights), `dtype`, `kill_at` (see `kill_while_saving`).
+The spec: `model` (folder), `options` (of DPOConfig), `train`, `eval` (rows), `resume` ("last": the last checkpoint, where
+there is one), `out` (where rank 0 writes the log history and the final weights), `dtype`, `kill_at` (see
+`kill_while_saving`), `kill_rank_at` (a step after which rank 1 is killed, once).
 """
 
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dpo_fast import DPOConfig, DPOTrainer
+from dpo_fast.training.checkpoint import complete_checkpoints
 
 
 def kill_while_saving(kill_at: int) -> None:
@@ -27,6 +30,18 @@ def kill_while_saving(kill_at: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+class KillOnce(TrainerCallback):
+    """SIGKILL to this process after `step`, the first time it comes so far: a file beside `out` remembers."""
+
+    def __init__(self, step: int, out: str):
+        self.step, self.mark = step, Path(out + ".killed")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def shard_on_cpu() -> None:
@@ -56,7 +71,12 @@ def main(path: str) -> None:
     trainer = DPOTrainer(
         model, args=DPOConfig(**spec["options"]), train_dataset=spec["train"], eval_dataset=spec.get("eval")
     )
-    trainer.train(resume_from_checkpoint=spec.get("resume"))
+    if spec.get("kill_rank_at") and trainer.args.process_index == 1:
+        trainer.add_callback(KillOnce(spec["kill_rank_at"], spec["out"]))
+    resume = spec.get("resume")
+    trainer.train(
+        resume_from_checkpoint=bool(complete_checkpoints(trainer.args.output_dir)) if resume == "last" else resume
+    )
     if spec["options"].get("fsdp"):
         assert any(hasattr(p, "full_tensor") for p in trainer.model.parameters()), "nothing was sharded"
     metrics = trainer.evaluate() if spec.get("eval") else None

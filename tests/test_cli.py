@@ -1,7 +1,9 @@
 """`python -m dpo_fast.train`: errors in one line, and short runs on a tiny model. Options are in test_options.py."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 yaml = pytest.importorskip("yaml")
 
+from dpo_fast import DPOConfig  # noqa: E402
+from dpo_fast.cli.options import ModelArguments, ScriptArguments  # noqa: E402
 from dpo_fast.train import main  # noqa: E402
 from dpo_fast.training import run_setup as setup_run  # noqa: E402
 
@@ -104,7 +108,9 @@ def no_loading(monkeypatch):
         (["--resume_from_checkpoint", "True"], "no whole checkpoint"),
         (["--resume_from_checkpoint", "no"], "no has no complete.json"),
         (["--ranking_pairs", "best_worst"], "ranking_pairs=best_worst has no effect"),
-        (["--use_peft", "--lora_target_modules", "nope"], "nope"),
+        (["--use_peft", "--lora_target_modules", "nope"], "the model has no module nope"),
+        (["--use_peft", "--lora_target_modules", "q_proj", "nope"], "the model has no module nope"),
+        (["--use_peft", "--lora_target_modules", "q_proj)("], "is not a valid pattern"),
         (["--use_peft", "--lora_target_modules", "lm_head", "--use_dora"], "leave lm_head out"),
         (["--use_peft", "--sync_ref_model"], "sync_ref_model"),
         (["--report_to", "nothing_known"], "nothing_known"),
@@ -231,8 +237,19 @@ def test_help_lists_the_options(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert "--dataset_name" in shown
-    assert "--config" in shown
+    lines = shown.splitlines()
+    assert len(lines) < 200
+    assert max(map(len, lines)) <= 120
+    listed = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert len(listed) == len(set(listed))
+    assert listed.index("--dataset_name") < listed.index("--beta") < listed.index("--weight_decay")
+    not_used, refused = shown.split("Accepted and not used")[1].split("Refused, since")
+    for name, where in (("pad_token", not_used), ("load_in_4bit", refused)):
+        assert where.count(name) == 1
+        assert f"--{name}" not in shown
+    known = set(re.findall(r"\w+", shown))
+    for cls in (ScriptArguments, ModelArguments, DPOConfig):
+        assert {f.name for f in dataclasses.fields(cls) if f.init} <= known
 
 
 def test_inspect_data_shows_both_splits_of_a_directory(arguments, tmp_path, capsys):
@@ -269,7 +286,7 @@ def test_a_run_of_three_steps(arguments, tmp_path):
     assert f"saved the model and its tokenizer to {tmp_path / 'out'}" in lines
     assert "held out: 3 pairs, 7 are left to train on" in lines
     assert lines[-1].startswith("held-out reward accuracy 100.0%, margin 0.000 -> "), lines[-1]
-    for part in ("margin 0.000 -> ", "step 3 reached in ", " pairs/s", " of tokens saved"):
+    for part in ("margin 0.000 -> ", "step 3 reached in ", " pairs/s", " of packed tokens saved"):
         assert part in lines[-1]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before = transformers.AutoModelForCausalLM.from_pretrained(arguments[1])
@@ -294,7 +311,11 @@ def test_a_yaml_file_of_trl_trains_adapters(tmp_path, model_dir, train_file):
     assert_clean(start(["--config", str(file)]))
     adapters = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (adapters["r"], adapters["lora_alpha"]) == (4, 32)
-    again = start(["--config", str(file), "--resume_from_checkpoint", "true", "--max_steps", "4"])
+    more = ["--resume_from_checkpoint", "true", "--max_steps", "4"]
+    refused = start(["--config", str(file), *more])
+    assert refused.returncode == 2
+    assert "max_steps was 2, is 4" in refused.stderr
+    again = start(["--config", str(file), *more, "--resume_changed", "max_steps"])
     assert_clean(again)
     assert "step 4 reached in" in again.stdout
     assert (tmp_path / "out/checkpoint-4/complete.json").exists()
@@ -315,6 +336,37 @@ def test_warnings_of_dpo_fast_are_one_line_each(arguments, tmp_path, capsys):
     assert main(argv) == 0
     warning = "dpo_fast: train data: 10 of 10 pairs have a completion cut at max_length=5\n"
     assert capsys.readouterr().err == warning
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "eager", "flash_attention_2"])
+def test_an_attention_of_trl_is_accepted_and_the_log_names_what_runs(arguments, tmp_path, asked, capsys):
+    argv = [*arguments, "--ref_cache_dir", str(tmp_path / "cache"), "--max_steps", "1"]
+    assert main([*argv, "--attn_implementation", asked]) == 0
+    shown = capsys.readouterr()
+    assert f"attention: dpo_fast's own, which shares prompts; attn_implementation={asked} is not used" in shown.out
+    assert shown.err == ""
+
+
+def test_model_init_kwargs_that_the_model_does_not_take_are_an_error(arguments, capsys):
+    assert "model_init_kwargs do not fit the model" in failure(
+        [*arguments, "--model_init_kwargs", '{"foo": 1}'], capsys
+    )
+
+
+def test_the_workspace_reaches_the_head(arguments, tmp_path, monkeypatch):
+    """Where no logit may be kept, the rows past the workspace are all rows: same model, other path."""
+    from dpo_fast.ops import tiles
+
+    seen, weights = [], []
+    real = tiles.kept_rows
+    monkeypatch.setattr("dpo_fast.ops.head.kept_rows", lambda n, w, limit: seen.append(limit) or real(n, w, limit))
+    for limit in ("0", "1000000"):
+        argv = [*arguments, "--ref_cache_dir", str(tmp_path / "cache"), "--max_steps", "2", "--learning_rate", "1e-2"]
+        assert main([*argv, "--workspace_bytes", limit, "--output_dir", str(tmp_path / limit)]) == 0
+        assert {int(limit)} == set(seen)
+        seen.clear()
+        weights.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / limit).lm_head.weight)
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
 
 
 def test_the_back_end_reaches_the_head(arguments, tmp_path, recorded):

@@ -75,16 +75,40 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize(("name", "option"), [(n, o) for n, (_, options) in OPS.items() for o in (None, *options)])
-def test_14_lengths_and_3_values_take_3_compilations(name, option, dynamic):
+def compilations(name, option, dynamic):
+    """Of the lengths (six of them with an option, whose values take turns), after each result was compared with the one that is not compiled."""
     function, options = OPS[name]
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
-    for i, length in enumerate(LENGTHS):
+    for i, length in enumerate(LENGTHS if option is None else LENGTHS[:6]):
         given = BESIDE.get(option, {}) | ({} if option is None else {option: options[option][i % 3]})
         ours, eager = compiled(inputs(length), **given), function(inputs(length), **given)
         ours, eager = (x if isinstance(x, torch.Tensor) else x.loss for x in (ours, eager))
         torch.testing.assert_close(ours, eager)
-    assert counter.frame_count <= 3
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", OPS)
+def test_14_lengths_take_3_compilations(name, dynamic):
+    assert compilations(name, None, dynamic) <= 3
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("option", LOSS)
+def test_3_values_of_an_option_of_preference_loss_take_3_compilations(option, dynamic):
+    assert compilations("preference_loss", option, dynamic) <= 3
+
+
+# A minute and more for all of them: each compiles three or four graphs.
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("name", "option"), [(n, o) for n, (_, options) in OPS.items() if n != "preference_loss" for o in options]
+)
+def test_3_values_of_an_option_of_an_op_compile(name, option, dynamic):
+    """A number in the schema of a torch.library op is a constant of the graph: one compilation per value, and one for the
+    first value again where lengths were constant when it came first.
+    """
+    assert compilations(name, option, dynamic) <= 4

@@ -10,7 +10,6 @@ pytest.importorskip("transformers")
 from dpo_fast.data.report import count_tokens, report
 from dpo_fast.data.sources import Pairs, load_pairs
 from dpo_fast.data.tokenization import TokenizedPairs, tokenize_pairs
-from dpo_fast.forest.packing import PrefixForest
 
 SHARED = Path(__file__).parents[1] / "../shared"
 
@@ -38,9 +37,14 @@ def section(text, title):
     return body.splitlines()[1:]
 
 
+def in_batches(examples, size):
+    """As they come, each batch one group."""
+    return [[examples[i : i + size]] for i in range(0, len(examples), size)]
+
+
 def make_report(**fields):
     pairs = Pairs(layout={"a.jsonl": "prompt, chosen, rejected as text"}, dropped=fields.pop("dropped", []))
-    return report(pairs, TokenizedPairs(examples=EXAMPLES, **fields), Letters(), batch_size=2)
+    return report(pairs, TokenizedPairs(examples=EXAMPLES, **fields), Letters(), in_batches(EXAMPLES, 2))
 
 
 def test_marked_pair_and_layout():
@@ -64,7 +68,7 @@ def test_lengths():
 def test_wide_histogram_holds_every_pair():
     rng = random.Random(0)
     examples = [example([1] * rng.randint(1, 900), [1], [2]) for _ in range(200)]
-    text = report(Pairs(), TokenizedPairs(examples=examples), Letters())
+    text = report(Pairs(), TokenizedPairs(examples=examples), Letters(), in_batches(examples, 8))
     lines = section(text, "Lengths")
     bars = [line.split() for line in lines[1 : lines.index("chosen: min 1, median 1, max 1")]]
     assert len(bars) == 8
@@ -87,50 +91,69 @@ def test_left_out_is_grouped_by_reason():
     text = make_report(dropped=[])
     assert section(text, "Left out") == ["no row dropped"]
     assert section(text, "Warnings") == ["none"]
-    lines = section(report(Pairs(), TokenizedPairs(EXAMPLES, lost), Letters()), "Left out")
+    lines = section(report(Pairs(), TokenizedPairs(EXAMPLES, lost), Letters(), in_batches(EXAMPLES, 2)), "Left out")
     assert lines == ["2 dropped: the prompt fills max_length (row 4, row 6)"]
 
 
 def test_token_counts_by_hand():
-    assert count_tokens(EXAMPLES[:1], 1) == {"padded": 12, "packed": 11, "prompt shared": 9, "prefix shared": 7}
+    # The last token of each sequence predicts nothing: it is not computed.
+    assert count_tokens(in_batches(EXAMPLES[:1], 1)) == {
+        "padded": 12, "packed": 11, "prompt shared": 9 - 2, "prefix shared": 7 - 2,
+    }  # fmt: skip
     # Both pairs of the first batch have one prompt; ab| cd appears twice.
-    assert count_tokens(EXAMPLES, 2) == {
+    assert count_tokens(in_batches(EXAMPLES, 2)) == {
         "padded": 4 * 6 + 2 * 4,
         "packed": (5 + 6 + 3 + 5) + (4 + 2),
-        "prompt shared": (2 + 3 + 4 + 1 + 3) + (1 + 3 + 1),
-        "prefix shared": (2 + 3 + 2 + 1 + 0) + (1 + 3 + 1),
+        "prompt shared": (2 + 3 + 4 + 1 + 3 - 4) + (1 + 3 + 1 - 2),
+        "prefix shared": (2 + 3 + 2 + 1 + 0 - 3) + (1 + 3 + 1 - 2),
     }
-    lines = section(make_report(), "Tokens in one epoch, batches of 2 pairs as they come")
-    assert [line.split()[-5:-3] for line in lines] == [
-        ["32", "1.00x"],
-        ["25", "1.28x"],
-        ["18", "1.78x"],
-        ["13", "2.46x"],
+    lines = section(make_report(), "Tokens in all batches of an epoch (of 2 pairs, in training's order)")
+    assert lines[0].split() == ["padded", "32"]
+    assert lines[1].split() == ["packed", "25", "1.28x", "fewer", "than", "padded"]
+    assert "2.67x fewer than padded, 2.08x fewer than packed (perf/tokens_saved 52.0%)" in lines[2]
+    assert "4.00x fewer than padded, 3.12x fewer than packed (perf/tokens_saved 68.0%)" in lines[3]
+
+
+def pairs_per_prompt(count):
+    """Many pairs of few prompts, side by side in the file, all behind one system prompt of 20 tokens."""
+    rng = random.Random(2)
+    prompts = [[3] * 20 + [rng.randint(4, 50) for _ in range(15)] for _ in range(count // 8)]
+    return [
+        example(prompts[i // 8], *([rng.randint(4, 50) for _ in range(rng.randint(2, 9))] for _ in range(2)))
+        for i in range(count)
     ]
 
 
-def test_token_counts_are_those_of_the_forest():
-    rng = random.Random(1)
-    prompts = [[i] + [rng.randint(0, 1) for _ in range(rng.randint(0, 6))] for i in range(5)]
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"seed": 7}, {"data_seed": 3}, {"train_sampling_strategy": "sequential"}, {"max_tokens_per_batch": 110}],
+)
+def test_the_report_counts_what_training_computes(tmp_path, changes):
+    """An epoch of training: order, tokens and tokens saved are what was announced before."""
+    import tiny
+    from test_resume_agrees import options
 
-    def completion():
-        return [rng.randint(0, 1) for _ in range(rng.randint(1, 9))]
+    from dpo_fast import DPOConfig, DPOTrainer
+    from dpo_fast.training.batches import training_batches
 
-    for _ in range(20):
-        batch = [example(rng.choice(prompts), completion(), completion()) for _ in range(6)]
-        counts = count_tokens(batch, 6)
-        for share, name in (("none", "packed"), ("prompt", "prompt shared"), ("prefix", "prefix shared")):
-            assert PrefixForest.from_pairs(batch, share=share, keep_last=True).rows == counts[name], share
-        assert counts["padded"] == 12 * max(
-            len(e["prompt_ids"]) + len(e[k]) for e in batch for k in ("chosen_ids", "rejected_ids")
-        )
+    rows = pairs_per_prompt(32)
+    common = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    args = DPOConfig(**options(tmp_path, max_steps=-1, num_train_epochs=1, **common, **changes))
+    batches = training_batches(rows, args)
+    trainer = DPOTrainer(tiny.llama(), args=args, train_dataset=rows)
+    order = [i for batch in trainer.get_train_dataloader() for part in batch["parts"] for i in part.index.tolist()]
+    assert [e for batch in batches for group in batch for e in group] == [rows[i] for i in order]
+    trainer.train()
+    counts = count_tokens(batches)
+    totals = trainer.throughput.totals()
+    assert totals["tokens_saved"] == pytest.approx(1 - counts["prefix shared"] / counts["packed"])
+    assert totals["tokens_saved_of_padded"] == pytest.approx(1 - counts["prefix shared"] / counts["padded"])
+    assert trainer.state.num_input_tokens_seen == counts["packed"]
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="no tokenized pair"):
-        report(Pairs(), TokenizedPairs(), Letters())
-    with pytest.raises(ValueError, match="batch_size=0"):
-        report(Pairs(), TokenizedPairs(examples=EXAMPLES), Letters(), batch_size=0)
+        report(Pairs(), TokenizedPairs(), Letters(), [])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
@@ -144,10 +167,11 @@ def test_report_on_real_pairs():
     )
     pairs = load_pairs(str(SHARED / "data/politeness/test.jsonl"), log=lambda _: None)
     tokenized = tokenize_pairs(pairs.rows, tokenizer, log=lambda _: None)
-    text = report(pairs, tokenized, tokenizer, batch_size=4)
+    batches = in_batches(tokenized.examples, 4)
+    text = report(pairs, tokenized, tokenizer, batches)
     row = pairs.rows[0]
     for side in ("chosen", "rejected"):
         assert f"<assistant>⟦{row[side][0]['content']}</s>⟧" in text
-    counts = count_tokens(tokenized.examples, 4)
+    counts = count_tokens(batches)
     assert counts["padded"] > counts["packed"] > counts["prompt shared"] > counts["prefix shared"]
     assert f"{counts['prefix shared']:,}" in text

@@ -133,7 +133,13 @@ def test_metrics_are_true_means_with_trls_names(tmp_path):
         "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
         "rewards/margins", "mean_token_accuracy",
     }  # fmt: skip
-    ours = {"perf/tokens_per_second", "perf/pairs_per_second", "perf/tokens_saved", "logps/chosen_delta"}
+    ours = {
+        "perf/tokens_per_second",
+        "perf/pairs_per_second",
+        "perf/tokens_saved",
+        "logps/chosen_delta",
+        "perf/tokens_saved_of_padded",
+    }
     assert set(logs) == trl | ours | {"epoch", "step"}
     with torch.no_grad():
         chosen, rejected = tiny.pair_logps(start, rows)

@@ -20,14 +20,15 @@ def segment_ids(cu_rows: Tensor, n: int) -> Tensor:
 
 
 def past_shorter_weights(scored: Tensor, cu_rows: Tensor, ld_alpha: float) -> Tensor:
-    """[N] bool, [2B + 1] -> [N] float32: `ld_alpha` past the shorter length of the pair, 1 up to there (LD-DPO, arXiv 2409.06411)."""
+    """[N] bool, [2B + 1] -> [N] float64: `ld_alpha` past the shorter length of the pair, 1 up to there (LD-DPO, arXiv 2409.06411)."""
     count = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
     starts = count[cu_rows.long()]
     chosen, rejected = starts.diff().chunk(2)
     shared = torch.minimum(chosen, rejected).repeat(2)
     sequence = segment_ids(cu_rows, scored.shape[0])
     position = count[:-1] - starts[sequence]
-    return torch.where(position < shared[sequence], 1.0, ld_alpha)
+    past = torch.full_like(position, ld_alpha, dtype=torch.float64)
+    return past.masked_fill_(position < shared[sequence], 1.0)
 
 
 def scored_lengths(targets: Tensor, ignore_index: int, cu_rows: Tensor | None = None) -> Tensor:

@@ -1,14 +1,14 @@
 """The options of `python -m dpo_fast.train` beside DPOConfig's: TRL's names and defaults, and which of them go together.
 
 What TRL 1.16 has and dpo_fast cannot honour is in `REFUSED` here (model and script) and in config.py (training): at its
-default it is accepted, else it is an error that names it. So is an option without effect beside the others.
+default it is accepted, else it is an error that names it. What changes no number beside the others is not used (`unused`).
 """
 
 # ruff: noqa: RUF009 (_option is dataclasses.field)
 
 import dataclasses
-import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers.integrations import get_reporting_integration_callbacks
@@ -16,6 +16,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..data.layouts import RANKING_PAIRS
 from ..data.sources import Source
 from ..training.config import DPOConfig
+from ..training.unused import unused_options
+from .unknown import unknown
 
 
 def _option(default, text: str, **extra):
@@ -31,10 +33,10 @@ class ScriptArguments:
     dataset_config: str | None = _option(None, "Configuration of a hub data set.")
     dataset_train_split: str = _option("train", "Split of directories and hub data sets to train on.")
     dataset_test_split: str = _option("test", "Split of directories and hub data sets to evaluate on.")
-    dataset_streaming: bool = _option(False, "Not supported.")
-    dataset_weights: list[float] | None = _option(None, "One a data set: 2 repeats its pairs, 0.5 takes half of them.")
+    dataset_streaming: bool = _option(False, "Refused.")
+    dataset_weights: list[float] | None = _option(None, "One per data set: 2 repeats its pairs, 0.5 takes half.")
     datasets: list[str] | None = _option(None, "In YAML: a list of {path, name, split}, instead of dataset_name.")
-    streaming: bool = _option(False, "Not supported.")
+    streaming: bool = _option(False, "Refused.")
     test_split_size: float | None = _option(None, "Pairs to hold out: a share below 1, or a number.")
     eval_dataset_name: list[str] | None = _option(None, "Files, directories or hub names to evaluate on.")
     ranking_pairs: str = _option("all", "Pairs of ranked completions.", choices=list(RANKING_PAIRS))
@@ -49,7 +51,7 @@ class ModelArguments:
     model_name_or_path: str | None = _option(None, "Folder or hub name of the model.")
     model_revision: str = _option("main", "Branch, tag or commit of a hub model.")
     dtype: str | None = _option("float32", "Type of the weights.", choices=["auto", "bfloat16", "float16", "float32"])
-    attn_implementation: str | None = _option(None, "Attention of models that dpo_fast cannot share prompts for.")
+    attn_implementation: str | None = _option(None, "Attention of models whose prompts cannot be shared.")
     chat_template_path: str | None = _option(None, "Jinja file that replaces the tokenizer's chat template.")
     use_peft: bool = _option(False, "Train LoRA adapters instead of the weights.")
     lora_r: int = _option(16, "Rank of the adapters.")
@@ -61,17 +63,21 @@ class ModelArguments:
     lora_task_type: str = _option("CAUSAL_LM", "Only CAUSAL_LM.")
     use_rslora: bool = _option(False, "Divide lora_alpha by the root of the rank.")
     use_dora: bool = _option(False, "Weight-decomposed adapters.")
-    load_in_8bit: bool = _option(False, "Not supported.")
-    load_in_4bit: bool = _option(False, "Not supported.")
-    bnb_4bit_quant_type: str = _option("nf4", "Not supported.", choices=["fp4", "nf4"])
-    use_bnb_nested_quant: bool = _option(False, "Not supported.")
-    bnb_4bit_quant_storage: str | None = _option(None, "Not supported.")
+    load_in_8bit: bool = _option(False, "Refused.")
+    load_in_4bit: bool = _option(False, "Refused.")
+    bnb_4bit_quant_type: str = _option("nf4", "See load_in_4bit.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = _option(False, "See load_in_4bit.")
+    bnb_4bit_quant_storage: str | None = _option(None, "See load_in_4bit.")
 
     def __post_init__(self):
         # PEFT reads a list as endings of names, a string as a pattern of whole names.
         modules = self.lora_target_modules or []
         if len(modules) == 1 and (modules[0] == "all-linear" or re.search(r"[*+?|()\[\]^$\\]", modules[0])):
             self.lora_target_modules = modules[0]
+            try:
+                re.compile(modules[0])
+            except re.error as error:
+                raise ValueError(f"lora_target_modules: {modules[0]!r} is not a valid pattern: {error}") from None
 
     def peft_config(self):
         """PEFT's LoraConfig, None without use_peft."""
@@ -93,25 +99,18 @@ class ModelArguments:
 
 
 _QUANTISED = "quantised weights are not supported: use_peft with dtype=bfloat16 needs the least memory here"
-_HUB = "nothing is uploaded: run `hf upload NAME OUTPUT_DIR` after training"
-# name -> why no value but the default is accepted
+# name -> why no value but the default is accepted: each would change what is computed, or where it goes
 REFUSED = {
     "dataset_streaming": "the data's length must be known: download it first",
     "streaming": "the data's length must be known: download it first",
     "lora_task_type": "only causal language models are trained",
     "load_in_8bit": _QUANTISED,
     "load_in_4bit": _QUANTISED,
-    "bnb_4bit_quant_type": _QUANTISED,
-    "use_bnb_nested_quant": _QUANTISED,
-    "bnb_4bit_quant_storage": _QUANTISED,
-    "push_to_hub": _HUB,
-    "hub_token": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_always_push": _HUB,
-    "hub_revision": _HUB,
 }
+QUANTISATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+HUB = ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
+# Options of older versions that change no number either: accepted, hidden.
+OLD_UNUSED = ("group_by_length",)
 # Keys of an entry of `datasets` in TRL, and what to do instead of those that are not read.
 ENTRY = {
     "path": None,
@@ -119,17 +118,9 @@ ENTRY = {
     "split": None,
     "data_dir": "name the directory as path",
     "data_files": "name the file as path, an entry each",
-    "columns": "columns that no layout has are left out anyway",
+    "columns": None,  # not used: columns that no layout has are left out anyway
     "fraction": "set dataset_weights, a number for each data set",
 }
-# Names of older versions.
-_RENAMED = {
-    "torch_dtype": "dtype",
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps (below 1 it is a share)",
-    "max_prompt_length": "max_length",
-}
-_LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
 
 
 def changed(values, names) -> list[str]:
@@ -138,37 +129,66 @@ def changed(values, names) -> list[str]:
     return [name for name in names if name in defaults and getattr(values, name) != defaults[name]]
 
 
+def evaluates(values: Mapping) -> bool:
+    """Whether the options ask for evaluation."""
+    return bool(values["do_eval"]) or getattr(values["eval_strategy"], "value", values["eval_strategy"]) != "no"
+
+
+def unused(values: Mapping, defaults: Mapping) -> dict[str, str]:
+    """Options among `values` (of all three classes) that change no number, each with the reason, "" where none is needed."""
+    found = unused_options(values, defaults)
+
+    def idle(names, why: str) -> None:
+        found.update({name: why for name in names if values[name] != defaults[name]})
+
+    if not values["use_peft"]:
+        idle([n for n in values if n.startswith("lora_") or n in ("use_rslora", "use_dora")], "without use_peft")
+    elif values["disable_dropout"]:
+        idle(["lora_dropout"], "with disable_dropout=True, the default")
+    if values["use_peft"] and values["precompute_ref_log_probs"] is None:
+        idle(["precompute_ref_batch_size", "ref_cache_dir"], "without precompute_ref_log_probs")
+    if not (values["load_in_4bit"] or values["load_in_8bit"]):
+        idle(QUANTISATION, "without load_in_4bit")
+    if not values["push_to_hub"]:
+        idle(HUB, "without push_to_hub")
+    if not evaluates(values):
+        names = ["eval_dataset_name", "eval_steps", "eval_on_start", "eval_delay"]
+        idle([*names, *(["dataset_test_split"] if values["test_split_size"] is None else [])], "without evaluation")
+    if values["test_split_size"] is not None:
+        idle(["dataset_test_split"], "beside test_split_size")
+    idle(OLD_UNUSED, "")
+    if any(isinstance(entry, dict) and entry.get("columns") for entry in values["datasets"] or ()):
+        found["columns"] = "in datasets"
+    return found
+
+
 def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> None:
-    """What can be said before any file is looked at. Raises ValueError, naming the option, for what cannot be honoured
-    and for what has no effect beside the others."""
-    for values in (script, args, model):
-        for name in changed(values, REFUSED):
-            raise ValueError(f"dpo_fast cannot honour {name}={getattr(values, name)!r}: {REFUSED[name]}. Remove it.")
-
-    def idle(values, names, why: str) -> None:
-        for name in changed(values, names):
-            raise ValueError(f"{name} has no effect {why}: leave it out")
-
+    """What can be said before any file is looked at. Raises ValueError, naming every option that cannot be honoured."""
+    refused = [
+        f"{name}={getattr(values, name)!r} ({REFUSED[name]})"
+        for values in (script, args, model)
+        for name in changed(values, REFUSED)
+    ]
+    if refused:
+        raise ValueError(f"dpo_fast cannot honour {', '.join(refused)}: remove {'it' if len(refused) == 1 else 'them'}")
     if not model.model_name_or_path:
         raise ValueError("no model: give --model_name_or_path, a folder or a hub name")
     if not (script.dataset_name or script.datasets):
         raise ValueError("no data: give --dataset_name, files, directories or hub names")
-    if not model.use_peft:
-        idle(model, [n for n in vars(model) if n.startswith(("lora_", "use_"))], "without use_peft")
-    elif args.disable_dropout and model.lora_dropout:
-        idle(model, ["lora_dropout"], "with disable_dropout=True, the default")
     if script.datasets:
-        ours = ("dataset_name", "dataset_config", "dataset_train_split")
-        idle(script, ours, "beside datasets, whose entries have path, name and split")
-    if not args.do_eval:
-        why = "without evaluation (--eval_strategy steps or epoch)"
-        idle(script, ("eval_dataset_name", "test_split_size", "dataset_test_split"), why)
-        idle(args, ("eval_steps", "eval_on_start"), why)
+        for name in changed(script, ("dataset_name", "dataset_config", "dataset_train_split")):
+            raise ValueError(f"{name} has no effect beside datasets, whose entries have path, name and split: drop one")
     if script.test_split_size is not None:
-        idle(script, ("eval_dataset_name", "dataset_test_split"), "beside test_split_size")
         size = script.test_split_size
         if not (0 < size < 1 or (size >= 1 and size == int(size))):
             raise ValueError(f"test_split_size={size:g} is neither a share below 1 nor a number of pairs")
+        if not args.do_eval:
+            raise ValueError(
+                "test_split_size would hold pairs out that nothing evaluates: set --eval_strategy steps or epoch, or "
+                "leave it out to train on all of them"
+            )
+        if script.eval_dataset_name:
+            raise ValueError("eval_dataset_name has no effect beside test_split_size: drop one")
     if args.n_gpu > 1:
         raise ValueError("several GPUs need one process each: start with `accelerate launch -m dpo_fast.train ...`")
     for tracker in get_reporting_integration_callbacks(args.report_to):
@@ -176,15 +196,6 @@ def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> No
             tracker()
         except RuntimeError as error:
             raise ImportError(f"report_to: {error}") from error
-
-
-def unknown(name: str, known) -> str:
-    """The message for a name that is no option, with the nearest one that is."""
-    bare = name.lstrip("-").split("=")[0].replace("-", "_")
-    if bare in _LAUNCHER:
-        return f"{name} is not an option of training: start with `accelerate launch --{bare} N -m dpo_fast.train ...`"
-    near = [_RENAMED[bare]] if bare in _RENAMED else difflib.get_close_matches(bare, known, 1)
-    return f"unknown option {name}" + (f": did you mean {near[0]}?" if near else ": see --help")
 
 
 def train_sources(script: ScriptArguments) -> list[Source]:
@@ -210,7 +221,7 @@ def _entry(entry: str | dict) -> Source:
         raise ValueError(f"an entry of datasets must name its path, found {entry!r}")
     for key, value in entry.items():
         if key not in ENTRY:
-            raise ValueError("in datasets: " + unknown(key, ENTRY))
+            raise ValueError(f"in datasets: {unknown([key], ENTRY)}; an entry has path, name and split")
         if ENTRY[key] and value is not None:
             raise ValueError(f"dpo_fast cannot honour {key}={value!r} in datasets: {ENTRY[key]}. Remove it.")
     source = Source(entry["path"], name=entry.get("name"), split=entry.get("split"))

@@ -5,6 +5,8 @@ A flag of a yes-or-no option needs no value and has an opposite, `--no_...`. Nam
 
 import argparse
 import dataclasses
+import logging
+import re
 import sys
 import types
 import typing
@@ -13,41 +15,63 @@ import torch
 from transformers import HfArgumentParser
 
 from ..training.config import DPOConfig
-from .options import ModelArguments, ScriptArguments, check, unknown
+from ..training.unused import sentence, set_back
+from .help import help_text
+from .options import OLD_UNUSED, ModelArguments, ScriptArguments, check, unused
+from .unknown import unknown
 
+logger = logging.getLogger(__name__)
+_SEE = "; --help lists all options"
 _CLASSES = (ScriptArguments, DPOConfig, ModelArguments)
 
 
-def parse(argv: list[str], config: dict) -> tuple[ScriptArguments, DPOConfig, ModelArguments]:
-    """Options from the flags `argv` over those of a YAML file, checked as far as that needs no file.
+def parse(argv: list[str], config: dict, path: str | None = None) -> tuple[ScriptArguments, DPOConfig, ModelArguments]:
+    """Options from the flags `argv` over those of the YAML file `path`, checked as far as that needs no file.
 
-    Raises ValueError for an unknown name, a value of the wrong type, and an option that cannot be honoured.
+    Options that change no number are named in one warning and get their defaults. Raises ValueError for unknown names
+    (all at once), values of the wrong type, and options that cannot be honoured.
     """
     kinds = {name: _kinds(hint) for cls in _CLASSES for name, hint in typing.get_type_hints(cls).items()}
     parser = _parser(kinds)
     options = _options(parser)
-    for key, value in config.items():
-        if key.startswith("no_") and key[3:] in options and isinstance(value, bool):
-            key, value = key[3:], not value
-        if key not in options or key == "config":
-            raise ValueError(unknown(key, options))
-        parser.set_defaults(**{key: _from_yaml(options[key], kinds[key], value)})
+    try:
+        _take_file(parser, options, kinds, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from None
     namespace, rest = parser.parse_known_args(argv)
     if rest:
-        raise ValueError(unknown(next((r for r in rest if r.startswith("-")), rest[0]), options))
-    # Columns that no layout has are left out either way.
-    namespace.remove_unused_columns = False
+        raise ValueError(unknown([r for r in rest if r.startswith("--")] or rest[:1], options) + _SEE)
     values = vars(namespace)
+    defaults = {f.name: f.default for cls in _CLASSES for f in dataclasses.fields(cls)} | DPOConfig.defaults()
+    defaults |= dict.fromkeys(OLD_UNUSED)
+    found = unused(values, defaults)
+    set_back(values, defaults, [name for name in found if name in values])
     script, args, model = (
         cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in _CLASSES
     )
     check(script, args, model)
+    if found:
+        logger.warning(sentence(found))
     return script, args, model
+
+
+def _take_file(parser, options: dict[str, argparse.Action], kinds: dict[str, set], config: dict) -> None:
+    """The file's options become the parser's defaults. Raises ValueError that names every unknown one."""
+    opposites = {k: k[3:] for k, v in config.items() if k[:3] == "no_" and k[3:] in options and isinstance(v, bool)}
+    if wrong := [key for key in config if opposites.get(key, key) not in options or key == "config"]:
+        raise ValueError(unknown(wrong, options) + _SEE)
+    for key, value in config.items():
+        name = opposites.get(key, key)
+        value = not value if key in opposites else value
+        parser.set_defaults(**{name: _from_yaml(options[name], kinds[name], value)})
 
 
 class _Parser(HfArgumentParser):
     def error(self, message):
         raise ValueError(message)
+
+    def format_help(self):
+        return help_text(_options(self))
 
 
 def _kinds(hint) -> set:
@@ -60,8 +84,6 @@ def _parser(kinds: dict[str, set]) -> _Parser:
     parser = _Parser(
         _CLASSES,
         prog="python -m dpo_fast.train",
-        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
-        description="Train a language model on preference pairs. Without any option, an embedded demo runs.",
         allow_abbrev=False,
     )
     for name, action in _options(parser).items():
@@ -72,6 +94,11 @@ def _parser(kinds: dict[str, set]) -> _Parser:
                 parser.add_argument(*opposite, dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
         elif type(None) in kinds[name] and str not in kinds[name] and action.nargs is None:
             action.type = _or_none(action.type)
+    for name in OLD_UNUSED:
+        parser.add_argument(f"--{name}", nargs="?", const="true", type=str, help=argparse.SUPPRESS)
+        kinds[name] = {str, types.NoneType}
+    # argparse takes -1e-5 for an option.
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
     # Progress bars are for people; only the main process prints; a machine without an accelerator has one choice.
     parser.set_defaults(disable_tqdm=not sys.stderr.isatty(), log_level_replica="error")
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())
@@ -95,14 +122,14 @@ def _from_yaml(action: argparse.Action, kinds: set, value):
     """A YAML value as the option's type."""
     if value is None:
         if type(None) not in kinds:
-            raise ValueError(f"option {action.dest} is empty in the YAML file: give it a value or leave it out")
+            raise ValueError(f"option {action.dest} is empty: give it a value or leave it out")
         return None
     if action.dest == "datasets" or (isinstance(value, dict) and dict in kinds):
         return value
     if isinstance(value, list) and list in kinds:
         return [_typed(action, element) for element in value]
     if isinstance(value, dict | list):
-        raise ValueError(f"option {action.dest} takes one value, the YAML file has {value!r}")
+        raise ValueError(f"option {action.dest} takes one value, found {value!r}")
     if action.nargs == "+":
         return [] if value == "" else [_typed(action, value)]
     return _typed(action, value)

@@ -16,7 +16,7 @@ class BadRowError(Exception):
 
 
 def read_row(row, ranking_pairs: str) -> tuple[str, dict, list[tuple]]:
-    """Layout, extras (tools, chat_template_kwargs) and (tag, prompt, chosen, rejected) of one row."""
+    """Layout, extras (tools, chat_template_kwargs, p_chosen) and (tag, prompt, chosen, rejected) of one row."""
     if isinstance(row, BadRowError):
         raise row
     if not isinstance(row, dict):
@@ -28,6 +28,10 @@ def read_row(row, ranking_pairs: str) -> tuple[str, dict, list[tuple]]:
     for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
         if given.get(key):
             extras[key] = _decoded(key, given[key], kind)
+    if "p_chosen" in given:
+        if "completions" in given:
+            raise BadRowError("'p_chosen' is of one pair, and this row ranks several completions: drop the column")
+        extras["p_chosen"] = given["p_chosen"]
     for layout, columns, read in LAYOUTS:
         if all(column in given for column in columns):
             return layout, extras, read(given, ranking_pairs)
@@ -130,6 +134,32 @@ LAYOUTS = (
     ("alpaca instruction, input, output [best, worst]", ("instruction", "output"), _alpaca),
     ("chosen, rejected without prompt", ("chosen", "rejected"), _direct),
 )
+
+
+def read_prompt(row) -> str | list[dict]:
+    """The prompt of one row, text or messages: that of its completions where it holds some, else the one it names.
+
+    Messages without completions that end with the assistant are a whole conversation, whose last reply is left out.
+    """
+    if isinstance(row, BadRowError):
+        raise row
+    given = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    if "instruction" in given:
+        return _alpaca({**given, "chosen": "", "rejected": ""}, "all")[0][1]
+    pairs = []
+    if not isinstance(row, dict) or "chosen" in given or "completions" in given:
+        _, _, pairs = read_row(row, "all")
+    if pairs:
+        return make_pair(*pairs[0][1:])[1]["prompt"]
+    name = next((name for name in ("prompt", "messages", "conversations") if name in given), None)
+    if name is None:
+        raise BadRowError(f"the row has no prompt, messages, conversations or instruction: found {', '.join(given)}")
+    prompt = _side(name, given[name])
+    if isinstance(prompt, str):
+        return prompt
+    while prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    return _system(given) + prompt
 
 
 def make_pair(prompt, chosen, rejected) -> tuple[str, dict]:

@@ -9,10 +9,11 @@ from ..forest.packing import check_fits
 
 logger = logging.getLogger(__name__)
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_KEPT = (*_IDS, "rejected_prompt_ids", "p_chosen")
 
 
 class PairDataset(Dataset):
-    """Tokenised pairs: mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`, `index` and maybe reference log-probs."""
+    """Tokenised pairs: mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`, `index`, maybe `p_chosen` and reference log-probs."""
 
     def __init__(self, examples: list[dict]):
         self.examples = [{**example, "index": i} for i, example in enumerate(examples)]
@@ -45,7 +46,7 @@ def prepare(rows, tokenizer, args, vocab_size: int | None, name: str, share: str
     examples = getattr(rows, "examples", None)
     if isinstance(rows, PairDataset) and rows.computed:
         # Of another model, maybe: what it is now comes out of the cache.
-        examples = [{key: e[key] for key in _IDS} for e in examples]
+        examples = [{key: e[key] for key in _KEPT if key in e} for e in examples]
     if examples is None:
         examples = _tokenize(rows, tokenizer, args, vocab_size, name)
     if not examples:
@@ -56,7 +57,29 @@ def prepare(rows, tokenizer, args, vocab_size: int | None, name: str, share: str
             if worst >= vocab_size or min(min(example[key], default=0) for key in _IDS) < 0:
                 raise ValueError(f"{name} row {i} has a token id outside the model's vocabulary [0, {vocab_size})")
     check_fits(examples, share or args.share, args.max_tokens_per_batch)
-    return PairDataset(examples)
+    return PairDataset(_with_label_noise(examples, args, name))
+
+
+def _with_label_noise(examples: list[dict], args, name: str) -> list[dict]:
+    """The examples with `p_chosen`, the chance that the chosen one is really better, in all of them or in none."""
+    missing = [i for i, example in enumerate(examples) if example.get("p_chosen") is None]
+    if len(missing) == len(examples):
+        if name == "train" and args.label_noise in ("smoothing", "weight"):
+            raise ValueError(f"label_noise={args.label_noise!r} has no effect: no row of the data has a p_chosen")
+        return [{key: x for key, x in example.items() if key != "p_chosen"} for example in examples]
+    if args.label_noise == "ignore":
+        return [{key: x for key, x in example.items() if key != "p_chosen"} for example in examples]
+    if missing:
+        raise ValueError(
+            f"{name} row {missing[0]} has no p_chosen and others have one: give every row one (1 where the label is "
+            "certain), or label_noise='ignore'"
+        )
+    for i, example in enumerate(examples):
+        value = example["p_chosen"]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{name} row {i}: p_chosen is {value!r}: give a number in [0, 1], or label_noise='ignore'")
+    args.check_p_chosen([example["p_chosen"] for example in examples], name)
+    return examples
 
 
 def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
@@ -68,7 +91,7 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
             raise ValueError(f"the {name} data is streamed: dpo_fast needs its length, load it without streaming")
         rows = list(rows)
         if rows and isinstance(rows[0], Mapping) and all(key in rows[0] for key in _IDS):
-            return _truncate(rows, args.max_length, name)
+            return _truncate(rows, args, name)
         rows = normalise_rows(rows, where=name, skip_bad_rows=args.skip_bad_rows)
     if tokenizer is None:
         raise ValueError(f"the {name} data is text: pass processing_class (the tokenizer)")
@@ -76,6 +99,7 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
         rows.rows,
         tokenizer,
         max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
         vocab_size=vocab_size,
         skip_bad_rows=args.skip_bad_rows,
         log=logger.info,
@@ -87,16 +111,19 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
     return tokenized.examples
 
 
-def _truncate(rows: list[Mapping], max_length: int | None, name: str) -> list[dict]:
+def _truncate(rows: list[Mapping], args, name: str) -> list[dict]:
+    from .tokenization import truncate
+
     examples = []
     for i, row in enumerate(rows):
-        ids = {key: list(row[key]) for key in _IDS}
-        for key in _IDS[1:]:
-            if not ids[key]:
+        ids = [list(row[key]) for key in _IDS]
+        for key, side in zip(_IDS[1:], ids[1:], strict=True):
+            if not side:
                 raise ValueError(f"{name} row {i}: {key} is empty: drop the pair")
-        room = None if max_length is None else max_length - len(ids["prompt_ids"])
-        if room is not None and room < 1:
-            logger.warning("%s row %d dropped: its prompt fills max_length=%d", name, i, max_length)
-            continue
-        examples.append({"prompt_ids": ids["prompt_ids"], **{key: ids[key][:room] for key in _IDS[1:]}})
+        example = truncate(*ids, max_length=args.max_length, truncation_mode=args.truncation_mode)
+        if example is None:
+            logger.warning("%s row %d dropped: its prompt fills max_length=%d", name, i, args.max_length)
+        else:
+            noise = {"p_chosen": row["p_chosen"]} if row.get("p_chosen") is not None else {}
+            examples.append(example | noise)
     return examples

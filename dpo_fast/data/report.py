@@ -1,12 +1,11 @@
 """What the trainer will see of the data, as text: the report of `--inspect_data`.
 
-It counts tokens on its own (nothing of packing.py), so that it also checks what packing claims to save.
+The batches are those of training, and so are the forests that are counted.
 """
 
 from collections import Counter, defaultdict
-from itertools import pairwise
 
-from ..forest.packing import common_prefix_length
+from ..forest.packing import PrefixForest
 from .sources import Pairs
 from .tokenization import TokenizedPairs
 
@@ -14,25 +13,28 @@ OPEN, CLOSE = "⟦", "⟧"
 BAR = 40
 BINS = 8
 PLACES = 3
+BATCHES = 1000  # batches that are counted at most
 
 
-def report(pairs: Pairs, tokenized: TokenizedPairs, tokenizer, *, batch_size: int = 8) -> str:
-    """Layouts, one decoded pair, lengths, what is lost, and tokens a pass with each way of batching.
+def report(pairs: Pairs, tokenized: TokenizedPairs, tokenizer, batches: list[list[list[dict]]]) -> str:
+    """Layouts, one decoded pair, lengths, what is lost, and tokens per pass with each way of batching.
 
-    batch_size: pairs a batch, in the order of the examples. All lengths and sums are in tokens.
-    Raises ValueError without examples or for a batch size below 1.
+    batches: the examples batch by batch in training's order, each batch as the groups that go through the model
+        together; the first `BATCHES` are counted. All lengths and sums are in tokens.
+    Raises ValueError without examples.
     """
     if not tokenized.examples:
         raise ValueError("no tokenized pair to report on")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    counted = batches[:BATCHES]
+    which = "all batches of an epoch" if counted == batches else f"the first {BATCHES} of {len(batches):,} batches"
+    most = max(sum(map(len, batch)) for batch in counted)
     sections = [
         ("Layout", _layout(pairs, tokenized)),
         ("First pair", _first_pair(tokenized.examples[0], tokenizer)),
         ("Lengths (tokens)", _lengths(tokenized.examples)),
         ("Left out", _left_out(pairs, tokenized)),
         ("Warnings", "\n".join(tokenized.warnings) or "none"),
-        (f"Tokens in one epoch, batches of {batch_size} pairs as they come", _savings(tokenized.examples, batch_size)),
+        (f"Tokens in {which} (of {most} pairs, in training's order)", _savings(counted)),
     ]
     return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
 
@@ -46,8 +48,8 @@ def _first_pair(example: dict, tokenizer) -> str:
     """Prompt and both completions; the scored tokens stand between the marks."""
     lines = []
     for side in ("chosen", "rejected"):
-        prompt = tokenizer.decode(example["prompt_ids"])
-        both = tokenizer.decode(example["prompt_ids"] + example[f"{side}_ids"])
+        ids = example.get(f"{side}_prompt_ids", example["prompt_ids"])
+        prompt, both = tokenizer.decode(ids), tokenizer.decode(ids + example[f"{side}_ids"])
         # Decoded on its own, a completion may lose its first space.
         scored = both[len(prompt) :] if both.startswith(prompt) else tokenizer.decode(example[f"{side}_ids"])
         lines.append(f"-- {side} ({OPEN}scored{CLOSE})\n{prompt}{OPEN}{scored}{CLOSE}")
@@ -90,31 +92,30 @@ def _left_out(pairs: Pairs, tokenized: TokenizedPairs) -> str:
     return "\n".join(lines) or "no row dropped"
 
 
-def _savings(examples: list[dict], batch_size: int) -> str:
-    counts = count_tokens(examples, batch_size)
-    padded = counts["padded"]
-    return "\n".join(f"{name:<16} {n:>12,}  {padded / n:.2f}x fewer than padded" for name, n in counts.items())
+def _savings(batches: list[list[list[dict]]]) -> str:
+    counts = count_tokens(batches)
+    padded, packed = counts["padded"], counts["packed"]
+    lines = [f"{'padded':<16} {padded:>12,}", f"{'packed':<16} {packed:>12,}  {padded / packed:.2f}x fewer than padded"]
+    for name in ("prompt shared", "prefix shared"):
+        n = counts[name]
+        saved = f"{padded / n:.2f}x fewer than padded, {packed / n:.2f}x fewer than packed"
+        lines.append(f"{name:<16} {n:>12,}  {saved} (perf/tokens_saved {1 - n / packed:.1%})")
+    return "\n".join(lines)
 
 
-def count_tokens(examples: list[dict], batch_size: int) -> dict[str, int]:
-    """Tokens that the model computes over all batches: padded to the longest, packed, prompts once, prefixes once.
-
-    Equal prompts of a batch count once in the last two; in the last, so does every prefix that completions of one
-    prompt have in common.
-    """
-    counts = Counter({"padded": 0, "packed": 0, "prompt shared": 0, "prefix shared": 0})
-    for start in range(0, len(examples), batch_size):
-        completions = defaultdict(list)  # of each distinct prompt
-        for example in examples[start : start + batch_size]:
-            completions[tuple(example["prompt_ids"])] += [example["chosen_ids"], example["rejected_ids"]]
-        lengths = [len(prompt) + len(ids) for prompt, group in completions.items() for ids in group]
+def count_tokens(batches: list[list[list[dict]]]) -> dict[str, int]:
+    """Tokens of all batches: padded to the longest of a batch, packed one after the other, and as the trunk computes
+    them with `share="prompt"` and `share="prefix"` (the last token of a sequence predicts nothing and is left out)."""
+    counts = dict.fromkeys(("padded", "packed", "prompt shared", "prefix shared"), 0)
+    for groups in batches:
+        examples = [example for group in groups for example in group]
+        prompts = {"chosen_ids": "prompt_ids", "rejected_ids": "rejected_prompt_ids"}
+        lengths = [
+            len(e.get(prompt, e["prompt_ids"])) + len(e[side]) for e in examples for side, prompt in prompts.items()
+        ]
         counts["padded"] += len(lengths) * max(lengths)
         counts["packed"] += sum(lengths)
-        for prompt, group in completions.items():
-            once = len(prompt) + sum(map(len, group))
-            # In sorted order, the prefix shared with the sequence before is all that is shared with any earlier one.
-            group = sorted(group)
-            repeated = sum(common_prefix_length(a, b) for a, b in pairwise(group))
-            counts["prompt shared"] += once
-            counts["prefix shared"] += once - repeated
-    return dict(counts)
+        for group in groups:
+            for share in ("prompt", "prefix"):
+                counts[f"{share} shared"] += PrefixForest.from_pairs(group, share=share).rows
+    return counts

@@ -1,8 +1,8 @@
 """Preference pairs from files and the hub, with every row that is left out counted and named.
 
 A normalised row is `{"prompt", "chosen", "rejected"}`: three strings (plain text) or three message lists
-(`[{"role": "user", "content": "..."}]`, for the chat template), and, where the data has them, `tools` (a list) and
-`chat_template_kwargs` (a dict). What a row may look like is in layouts.py; tokens are made in tokenization.py. Nothing
+(`[{"role": "user", "content": "..."}]`, for the chat template), and, where the data has them, `tools` (a list),
+`chat_template_kwargs` (a dict) and `p_chosen` (a number). What a row may look like is in layouts.py; tokens are made in tokenization.py. Nothing
 here knows a tokenizer or a model.
 """
 
@@ -69,7 +69,7 @@ def load_pairs(
     for source in (Source(s) if isinstance(s, str) else s for s in sources):
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise ValueError(f"{source.path}: weight must be a positive number, got {source.weight}")
-        part, part_kinds = _normalise(_read_source(source, split), source.path, ranking_pairs, skip_bad_rows)
+        part, part_kinds = _normalise(read_source(source, split), source.path, ranking_pairs, skip_bad_rows)
         label = ":".join(filter(None, (source.path, source.name, source.split)))
         rows = _weighted(part.rows, source.weight, random.Random(f"{seed}:{label}"))
         text = f"{label}: {len(part.rows)} pairs, layout: {part.layout[source.path]}"
@@ -161,7 +161,8 @@ def locate(source: Source, split: str = "train") -> list[Path] | None:
     return None
 
 
-def _read_source(source: Source, split: str) -> Iterator[tuple[str, object]]:
+def read_source(source: Source, split: str) -> Iterator[tuple[str, object]]:
+    """(place, row) of every row, or (place, BadRowError) for a line that is not a row."""
     files = locate(source, split)
     if files is None:
         yield from _read_hub(source, split)

@@ -20,6 +20,8 @@ ROWS_A_CALL = 1024
 class TokenizedPairs:
     """Examples `{"prompt_ids", "chosen_ids", "rejected_ids"}` (lists of int, completions already cut) and what was lost.
 
+    An example keeps the `p_chosen` of its row.
+
     dropped: (index into the rows, reason). truncated: pairs with a completion cut at max_length. identical: kept pairs
     whose completions have the same ids (no gradient with a margin loss). warnings: sentences for the user.
     """
@@ -36,18 +38,18 @@ def tokenize_pairs(
     tokenizer,
     *,
     max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
     vocab_size: int | None = None,
     skip_bad_rows: bool = False,
     log: Callable[[str], None] = print,
 ) -> TokenizedPairs:
     """Ids of normalised rows (data.py): text gets the EOS unless it ends with it, messages get the chat template.
 
-    max_length: most tokens of prompt + completion; completions are cut there, rows whose prompt fills it are dropped
-    (None: no limit). vocab_size: rows of the model's embedding, to check ids against.
+    max_length: most tokens of prompt + completion (None: no limit); `truncate` says what stays. vocab_size: rows of the model's embedding, to check ids against.
     Raises ValueError for a tokenizer without the EOS or chat template that the rows need and for ids the model does
     not have; DataError for a row that the template refuses or that has nothing to score (dropped with skip_bad_rows),
     and when no pair is left.
-    Semantics: TRL 1.16, `DPOTrainer._prepare_dataset`, truncation "keep_start".
+    Semantics: TRL 1.16, `DPOTrainer._prepare_dataset` and `DataCollatorForPreference`.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length}: a prompt and one token to score need at least 2")
@@ -75,23 +77,45 @@ def tokenize_pairs(
             if any(len(ids) < (1 if prompt else 2) for ids in sides):
                 bad(index, "a completion has no token to score")
                 continue
-            if max_length is not None and len(prompt) >= max_length:
+            example = truncate(prompt, *sides, max_length=max_length, truncation_mode=truncation_mode)
+            if example is None:
                 result.dropped.append((index, f"the prompt fills max_length: {len(prompt)} tokens"))
                 continue
-            cut = [ids[: None if max_length is None else max_length - len(prompt)] for ids in sides]
-            result.truncated += cut != sides
-            result.identical += cut[0] == cut[1]
+            result.truncated += max_length is not None and len(prompt) + max(map(len, sides)) > max_length
+            result.identical += example["chosen_ids"] == example["rejected_ids"]
             double_bos += len(prompt) > 1 and prompt[0] == prompt[1] == tokenizer.bos_token_id
             if vocab_size is not None:
-                _check_ids(index, [prompt, *cut], vocab_size, tokenizer)
-            result.examples.append({"prompt_ids": prompt, "chosen_ids": cut[0], "rejected_ids": cut[1]})
+                _check_ids(index, [prompt, *sides], vocab_size, tokenizer)
+            noise = {"p_chosen": rows[index]["p_chosen"]} if "p_chosen" in rows[index] else {}
+            result.examples.append(example | noise)
     if not result.examples:
         index, reason = result.dropped[0] if result.dropped else (0, "there are no rows")
         raise DataError(f"no pair is left of {len(rows)} rows; the first dropped is row {index}: {reason}")
-    _warn(result, len(rows), max_length, clipped, double_bos)
+    _warn(result, len(rows), max_length, truncation_mode, clipped, double_bos)
     for text in result.warnings:
         log(text)
     return result
+
+
+def truncate(
+    prompt: list[int], chosen: list[int], rejected: list[int], *, max_length: int | None, truncation_mode: str
+) -> dict[str, list[int]] | None:
+    """The example of a pair whose sequences have at most `max_length` tokens, None where no completion would be left.
+
+    keep_start: the completions lose their ends. keep_end: each sequence loses its start, the prompt's first, so that the
+    rejected one may be left with another end of the prompt, `rejected_prompt_ids`.
+    """
+    if max_length is None or len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    if truncation_mode == "keep_start":
+        room = max_length - len(prompt)
+        return (
+            {"prompt_ids": prompt, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]} if room > 0 else None
+        )
+    ends = [(prompt + side)[-max_length:] for side in (chosen, rejected)]
+    kept = [max(len(end) - len(side), 0) for end, side in zip(ends, (chosen, rejected), strict=True)]
+    example = {"prompt_ids": ends[0][: kept[0]], "chosen_ids": ends[0][kept[0] :], "rejected_ids": ends[1][kept[1] :]}
+    return example if kept[0] == kept[1] else {**example, "rejected_prompt_ids": ends[1][: kept[1]]}
 
 
 def _is_text(row: dict) -> bool:
@@ -158,7 +182,9 @@ def _check_ids(index: int, parts: list[list[int]], vocab_size: int, tokenizer) -
         )
 
 
-def _warn(result: TokenizedPairs, rows: int, max_length: int | None, clipped: list, double_bos: int) -> None:
+def _warn(
+    result: TokenizedPairs, rows: int, max_length: int | None, truncation_mode: str, clipped: list, double_bos: int
+) -> None:
     warn = result.warnings.append
     if clipped:
         index, tail = clipped[0]
@@ -173,7 +199,8 @@ def _warn(result: TokenizedPairs, rows: int, max_length: int | None, clipped: li
     if filled:
         warn(f"{filled} of {rows} rows dropped: the prompt alone fills max_length={max_length}")
     if result.truncated:
-        warn(f"{result.truncated} of {rows} pairs have a completion cut at max_length={max_length}")
+        lost = "have a completion cut" if truncation_mode == "keep_start" else "lose their start, cut"
+        warn(f"{result.truncated} of {rows} pairs {lost} at max_length={max_length}")
     if result.identical:
         warn(
             f"{result.identical} of {rows} pairs have the same tokens on both sides: a margin loss learns nothing there"

@@ -113,6 +113,7 @@ def run(settings: Settings) -> Result:
         print("\n1. Supervised training on both styles, half and half")
         both = [pair(question, style) for question in train for style in (TERSE, POLITE)]
         options = {"loss_type": "sft", "learning_rate": 2e-3, "num_train_epochs": settings.sft_epochs}
+        options |= {"ref_cache_dir": str(folder / "ref_cache")}
         sft = make_trainer("sft", model, tokenizer, settings, both, **options)
         sft.train()
         sft.save_model(str(folder / "sft"))

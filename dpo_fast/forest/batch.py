@@ -17,23 +17,33 @@ class Part:
     ref_logps: torch.Tensor | None  # [2, B] float32, the reference's chosen and rejected log-probs
     pairs: int  # B
     chosen_tokens: int  # scored tokens of the chosen completions, on the CPU so that nothing waits for the device
+    longest: int = 0  # tokens of the longest sequence: what a padded batch would be as wide as
+    p_chosen: torch.Tensor | None = None  # [B] float64, the chance that the chosen one is really better
 
     def to(self, device, non_blocking: bool = False) -> "Part":
         """The same part on `device`; `index` stays on the CPU."""
-        ref = None if self.ref_logps is None else self.ref_logps.to(device, non_blocking=non_blocking)
-        return dataclasses.replace(self, forest=self.forest.to(device, non_blocking), ref_logps=ref)
+        ref, p_chosen = (
+            None if x is None else x.to(device, non_blocking=non_blocking) for x in (self.ref_logps, self.p_chosen)
+        )
+        forest = self.forest.to(device, non_blocking)
+        return dataclasses.replace(self, forest=forest, ref_logps=ref, p_chosen=p_chosen)
 
     def pin_memory(self) -> "Part":
         """The same part in page-locked memory (called by torch's DataLoader)."""
-        ref = None if self.ref_logps is None else self.ref_logps.pin_memory()
-        return dataclasses.replace(self, forest=self.forest.pin_memory(), ref_logps=ref)
+        ref, p_chosen = (None if x is None else x.pin_memory() for x in (self.ref_logps, self.p_chosen))
+        return dataclasses.replace(self, forest=self.forest.pin_memory(), ref_logps=ref, p_chosen=p_chosen)
+
+
+def padded_tokens(parts: Sequence[Part]) -> int:
+    """Tokens of one batch as rows that are padded to its longest sequence, nothing shared."""
+    return 2 * sum(part.pairs for part in parts) * max(part.longest for part in parts)
 
 
 class ForestCollator:
     """Examples -> {"parts": [Part, ...]}, every pair in one part, order kept.
 
     An example has `prompt_ids`, `chosen_ids`, `rejected_ids`, maybe `index`, and maybe `ref_chosen_logps` and
-    `ref_rejected_logps` (floats). `margin`: the loss is `losses.margin_only`, so what cancels needs no backward pass.
+    `ref_rejected_logps` (floats) and `p_chosen`. `margin`: the loss is `losses.margin_only`, so what cancels needs no backward pass.
     """
 
     def __init__(
@@ -56,7 +66,11 @@ class ForestCollator:
             forest = forest.cancelling_last()
         index = torch.tensor([e.get("index", -1) for e in examples])
         pairs = len(examples)
-        return Part(forest, index, ref, pairs, int(forest.lengths[:pairs].sum()))
+        lengths = (len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
+        p_chosen = None
+        if "p_chosen" in examples[0]:
+            p_chosen = torch.tensor([e["p_chosen"] for e in examples], dtype=torch.float64)
+        return Part(forest, index, ref, pairs, int(forest.lengths[:pairs].sum()), max(lengths), p_chosen)
 
     def split(self, examples: Sequence[Mapping]) -> list[Sequence[Mapping]]:
         """Consecutive groups whose tokens fit `max_tokens`."""

@@ -94,7 +94,8 @@ class PrefixForest:
         """
         items = len(self.targets)
         chosen, rejected = self.path_index.chunk(2)
-        # Both sides of a pair follow the same prompt: an item that they share has the same place in both.
+        # Where both sides of a pair follow the same prompt, an item that they share has the same place in both; where the
+        # prompts differ, a shared item with two places counts as needed.
         differ = chosen != rejected
         needed = torch.zeros(items + 1, dtype=torch.bool)
         needed[chosen[differ]] = needed[rejected[differ]] = True
@@ -141,11 +142,13 @@ class PrefixForest:
     ) -> "PrefixForest":
         """Forest of B pairs as 2B sequences: the B chosen first, then the B rejected in the same order.
 
-        examples: mappings with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        examples: mappings with `prompt_ids`, `chosen_ids` and `rejected_ids`, and maybe `rejected_prompt_ids`, where the
+        rejected completion follows another prompt.
         """
         prompts = [e["prompt_ids"] for e in examples]
+        others = [e.get("rejected_prompt_ids", e["prompt_ids"]) for e in examples]
         completions = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
-        return cls.build(prompts + prompts, completions, share=share, keep_last=keep_last)
+        return cls.build(prompts + others, completions, share=share, keep_last=keep_last)
 
 
 class _Builder:
@@ -301,6 +304,8 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
 def pair_tokens(example: Mapping, share: str) -> int:
     """Tokens that one pair takes at most: its distinct tokens under `share`."""
     prompt, chosen, rejected = (len(example[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    if "rejected_prompt_ids" in example:
+        return prompt + len(example["rejected_prompt_ids"]) + chosen + rejected
     if share == "none":
         return 2 * prompt + chosen + rejected
     total = prompt + chosen + rejected

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends.sequences import past_shorter_weights, scored_lengths
-from ..losses import LossOptions, PreferenceOutput, objective, require
+from ..losses import LossOptions, PreferenceOutput, check_label_smoothing, objective, require
 from . import arguments
 from .logits import sequence_sums
 from .pairs import pack_loss
@@ -120,6 +120,10 @@ def with_reference(inputs: PairInputs, token_logps: Tensor, debug: bool) -> Pair
 
 def output_of_token_logps(inputs: PairInputs, token_logps: Tensor, debug: bool) -> PreferenceOutput:
     """The loss of [2B, T] or [N] token log-probs by way of autograd."""
+    soft = inputs.label_smoothing
+    # A look at a value would break a compiled graph.
+    if soft is not None and (debug or not soft.is_cuda) and not torch.compiler.is_compiling():
+        check_label_smoothing(soft, inputs.options)
     logps = weighted_sums(inputs, token_logps, debug)
     chosen, rejected = inputs.lengths.chunk(2)
     references = (None, None) if inputs.ref_logps is None else inputs.ref_logps.chunk(2)

@@ -1,62 +1,50 @@
 """`DPOConfig`: transformers' `TrainingArguments` with TRL's names and defaults for DPO, and dpo_fast's own few options.
 
 Every option of TRL 1.16's DPOConfig is a field here, so that its YAML files and command lines are understood. What
-dpo_fast cannot honour is in `REFUSED`: at its default it is accepted, else it is an error that names it.
+dpo_fast cannot honour is in `REFUSED` where it would change what is computed: at its default it is accepted, else it is
+an error that names it. What changes no number is in unused.py: it is accepted with a warning.
 """
 
 import dataclasses
+import logging
 import warnings
 from dataclasses import field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
 
 from ..backends import BACKENDS, resolve
 from ..forest.packing import SHARE_MODES
+from ..loss_options import SFT_MEANS
 from ..loss_table import LOSSES
-from ..losses import LossOptions
+from ..losses import LossOptions, check_label_smoothing
+from ..ops import WORKSPACE_BYTES
+from .handed_on import check_schedule
+from .unused import sentence, set_back, unused_options
+from .value_checks import check_evaluation, check_numbers, check_on_nan
 
-# name -> (values that are fine, why no other is)
+LABEL_NOISE = ("smoothing", "weight", "ignore")
+
+logger = logging.getLogger(__name__)
+
+# name -> (values that are fine, why no other is): each would change what is computed
 REFUSED: dict[str, tuple[tuple, str]] = {
-    "truncation_mode": (("keep_start",), "only the end of a completion is cut; shorten the prompts in the data"),
-    "pad_to_multiple_of": (("auto", None), "nothing is padded"),
-    "dataset_num_proc": ((None,), "the fast tokenizer already runs on all cores (RAYON_NUM_THREADS sets how many)"),
-    "activation_offloading": ((False,), "use gradient_checkpointing or max_tokens_per_batch to save memory"),
-    "pad_token": ((None,), "nothing is padded"),
-    "use_liger_kernel": ((False,), "it replaces the model's forward, and so does dpo_fast"),
-    "liger_kernel_config": ((None,), "use_liger_kernel is not supported"),
-    "torch_compile": (
-        (False,),
-        "the rows of a forest change shape every step (torch_compile_backend and _mode imply it)",
-    ),
     "neftune_noise_alpha": ((None,), "noise on shared prompts would not be independent"),
     "label_smoothing_factor": ((0.0, 0), "that is cross-entropy's smoothing; DPO's is label_smoothing"),
-    "train_sampling_strategy": (("random", "sequential"), "nothing is padded, so grouping by length saves nothing"),
-    "auto_find_batch_size": ((False,), "set max_tokens_per_batch: it bounds memory and keeps the gradient"),
-    "use_cache": ((False,), "training needs no key-value cache"),
     "average_tokens_across_devices": ((True,), "a step's loss is the mean over the pairs of all ranks"),
-    "bf16_full_eval": ((False,), "evaluation runs in the precision of the reference's log-probs"),
-    "fp16_full_eval": ((False,), "evaluation runs in the precision of the reference's log-probs"),
-    "torch_empty_cache_steps": ((None,), "against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
-    "include_num_input_tokens_seen": (("no",), "tokens are always counted: num_tokens in the log"),
-    "include_for_metrics": (([],), "there is no compute_metrics"),
-    "batch_eval_metrics": ((False,), "there is no compute_metrics"),
-    "eval_do_concat_batches": ((True,), "evaluation keeps one row of numbers a pair, no batches"),
-    "eval_use_gather_object": ((False,), "evaluation gathers one row of numbers a pair, no objects"),
-    "eval_accumulation_steps": ((None,), "evaluation keeps one row of numbers a pair, no logits"),
-    "do_predict": ((False,), "there is no prediction: name the data as eval data"),
-    "label_names": ((None,), "the columns are those of the data's layout"),
-    "length_column_name": (("length",), "nothing is padded, so nothing is grouped by length"),
     "parallelism_config": ((None,), "only data parallelism, FSDP and DeepSpeed are supported"),
 }
+TRUNCATION_MODES = ("keep_start", "keep_end")
 
 
 @dataclasses.dataclass
 class DPOConfig(TrainingArguments):
     """Options of `DPOTrainer`. Those of TRL 1.16's `DPOConfig` mean the same; see `--help` for each.
 
-    Raises ValueError at construction for a value out of range, an option without effect in this combination, or a TRL
-    option that dpo_fast cannot honour.
+    Raises ValueError at construction for a value out of range and for a TRL option that dpo_fast cannot honour. Options
+    that change no number, alone or in this combination, are named in one warning and get their defaults.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (not a field)
@@ -75,7 +63,7 @@ class DPOConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata={"help": "Compute in bfloat16 with float32 weights. Default: on unless fp16 is set."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; must be false."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "No effect: the columns needed are kept."})
 
     # The model.
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -89,7 +77,13 @@ class DPOConfig(TrainingArguments):
 
     # The data.
     max_length: int | None = field(default=1024, metadata={"help": "Longest prompt + completion in tokens."})
-    truncation_mode: str = field(default="keep_start", metadata={"help": "Only keep_start."})
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "What stays of a longer prompt + completion: keep_start (a prompt that fills it drops the row) or keep_end.",
+            "choices": list(TRUNCATION_MODES),
+        },
+    )
     padding_free: bool = field(default=True, metadata={"help": "Always so here: nothing is padded."})
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Nothing is padded."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Not used: tokenizers run in threads."})
@@ -105,7 +99,7 @@ class DPOConfig(TrainingArguments):
         },
     )
     precompute_ref_batch_size: int | None = field(
-        default=None, metadata={"help": "Pairs a batch of that pass. Default: the training batch size."}
+        default=None, metadata={"help": "Pairs per batch of that pass. Default: the training batch size."}
     )
     ref_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the reference cache. Default: ~/.cache/dpo_fast/ref_logps."}
@@ -128,6 +122,19 @@ class DPOConfig(TrainingArguments):
     beta: float = field(default=LossOptions.beta, metadata={"help": "Strength of the tie to the reference."})
     label_smoothing: float = field(
         default=LossOptions.label_smoothing, metadata={"help": "Chance that a label is wrong (conservative DPO)."}
+    )
+    label_noise: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a column p_chosen, the chance that the chosen one is better, does: smoothing (label_smoothing is "
+            "1 - p_chosen of each pair), weight (each pair's loss is multiplied by it) or ignore. Default: smoothing."
+        },
+    )
+    sft_weight: float = field(
+        default=LossOptions.sft_weight, metadata={"help": "Weight of the chosen completions' likelihood (RPO)."}
+    )
+    sft_mean: str = field(
+        default=LossOptions.sft_mean, metadata={"help": f"What that is a mean over: {' or '.join(SFT_MEANS)}."}
     )
     f_divergence_type: str = field(default=LossOptions.f_divergence_type, metadata={"help": "Divergence of f-DPO."})
     f_alpha_divergence_coef: float = field(
@@ -152,61 +159,113 @@ class DPOConfig(TrainingArguments):
     backend: str | None = field(
         default=None, metadata={"help": f"Back end of the head: {', '.join(BACKENDS)}. Default: the fastest there."}
     )
+    workspace_bytes: int = field(
+        default=WORKSPACE_BYTES,
+        metadata={"help": "Bytes of logits that a trained head keeps for backward, at most."},
+    )
     verify: bool = field(
         default=True, metadata={"help": "Compare shared with unshared log-probs before the first step."}
     )
-    activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Not used: max_tokens_per_batch bounds memory."}
+    )
+
+    # Faults.
+    on_nan: str = field(
+        default="stop",
+        metadata={"help": "A loss or gradient that is nan or inf: stop, or skip (waits for the device every step)."},
+    )
+    resume_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "What may differ from the run that is resumed: names of options, model, train_dataset."},
+    )
 
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        # A machine without an accelerator has one choice, and transformers wants it said before it computes in bf16.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        check_numbers(self)
+        check_evaluation(self)
+        check_on_nan(self)
+        if unused := unused_options(vars(self), defaults := self.defaults()):
+            logger.warning(sentence(unused))
+            set_back(vars(self), defaults, unused)
+        if self.deepspeed and not is_deepspeed_available():
+            raise ImportError(f"deepspeed={self.deepspeed!r} needs a package that is not here: pip install deepspeed")
         with warnings.catch_warnings():
             # TRL's name; transformers 5.23 prefers activation_checkpointing, which older versions lack.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
         self._refuse()
-        LossOptions.of(self).check(pair_weights=self.use_weighting, ld_alpha=self.ld_alpha)
+        check_schedule(self)
+        if self.label_noise not in (None, *LABEL_NOISE):
+            raise ValueError(f"label_noise={self.label_noise!r} is not one of {', '.join(LABEL_NOISE)}")
+        if self.label_noise == "smoothing":
+            self._refuse_number_beside_p_chosen()
+        weighted = self.use_weighting or self.label_noise == "weight"
+        soft = self.label_noise == "smoothing"
+        LossOptions.of(self).check(pair_weights=weighted, ld_alpha=self.ld_alpha, soft_labels=soft)
+
+    def _refuse_number_beside_p_chosen(self) -> None:
+        if self.label_smoothing != LossOptions.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} and the smoothing of each pair by p_chosen exclude each other: leave "
+                "label_smoothing out, or set label_noise to weight or ignore"
+            )
+
+    def check_p_chosen(self, values: list[float], name: str) -> None:
+        """Raise ValueError where the column p_chosen of the `name` data, with these values, cannot go with the loss."""
+        if self.label_noise == "weight":
+            return
+        self._refuse_number_beside_p_chosen()
+        options = LossOptions.of(self)
+        try:
+            options.check(soft_labels=True)
+            check_label_smoothing(1 - torch.tensor(values, dtype=torch.float64), options)
+        except ValueError as error:
+            raise ValueError(
+                f"the {name} data has a column p_chosen (label_smoothing = 1 - p_chosen): {error}; or set label_noise to "
+                "weight or ignore"
+            ) from None
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Name -> default of every option."""
+        made = {f.name: f.default_factory for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        return {f.name: made[f.name]() if f.name in made else f.default for f in dataclasses.fields(cls)}
 
     def _refuse(self) -> None:
         for name, (fine, why) in REFUSED.items():
             value = getattr(self, name, fine[0])
             if value not in fine and getattr(value, "value", value) not in fine:
                 raise ValueError(f"dpo_fast cannot honour {name}={value!r}: {why}. Remove it.")
-        if self.remove_unused_columns:
-            raise ValueError("dpo_fast cannot honour remove_unused_columns=True: the data has columns of its own")
+        # TRL's default is true; the columns that the layout needs are kept and the others left out either way.
+        self.remove_unused_columns = False
         if self.share not in SHARE_MODES:
             raise ValueError(f"share={self.share!r} is not one of {', '.join(SHARE_MODES)}")
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode={self.truncation_mode!r} is not one of {', '.join(TRUNCATION_MODES)}")
         if self.backend is not None:
             resolve(self.backend, self.device)
         for name in ("max_length", "max_tokens_per_batch", "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._refuse_reference_options()
+        if self.workspace_bytes < 0:
+            raise ValueError(f"workspace_bytes must be at least 0, got {self.workspace_bytes}")
+        self._check_reference_options()
         if self.max_tokens_per_batch is not None and LossOptions.of(self).over_batch:
             raise ValueError(
                 f"max_tokens_per_batch cannot split a batch under loss_type {self.loss_type}: it compares all pairs of "
                 "the batch; lower per_device_train_batch_size instead"
             )
 
-    def _refuse_reference_options(self) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+    def _check_reference_options(self) -> None:
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("sync_ref_model moves the reference, so precompute_ref_log_probs would be stale: drop one")
-        if not self.sync_ref_model:
-            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-                if getattr(self, name) != defaults[name]:
-                    raise ValueError(f"{name} has no effect without sync_ref_model=True")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must lie in (0, 1], got {self.ref_model_mixup_alpha}")
         if self.ref_model_sync_steps < 1:
             raise ValueError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
-        if self.precompute_ref_log_probs is False and (self.precompute_ref_batch_size or self.ref_cache_dir):
-            raise ValueError(
-                "precompute_ref_batch_size and ref_cache_dir have no effect with precompute_ref_log_probs=False"
-            )
-        if LossOptions.of(self).reference_free:
-            for name in ("precompute_ref_log_probs", "sync_ref_model", "precompute_ref_batch_size", "ref_cache_dir"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} has no effect: loss_type {self.loss_type} takes no reference")

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from ..forest.gate import base_model
 from ..forest.head import output_layer
 from .config import DPOConfig
+from .handed_on import check_lora_targets
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _NETWORK_SECONDS = 5  # huggingface_hub itself tries for 24 s per file
@@ -111,6 +112,7 @@ def add_adapters(model, peft_config):
             raise ImportError("peft_config needs peft: pip install 'dpo_fast[train]'") from error
         if hasattr(model, "disable_adapter"):
             raise ValueError("the model already has adapters: merge them first, or leave peft_config out")
+        check_lora_targets(model, peft_config)
         model = get_peft_model(model, peft_config)
         output_layer(base_model(model))
     return model

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import inspect
 import json
+import logging
 import os
 import struct
 import zlib
@@ -28,6 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .disk import full_disk, is_full
+
+logger = logging.getLogger(__name__)
 _BODY = struct.Struct("<16s2d")
 _RECORD_SIZE = _BODY.size + 4
 _FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -98,9 +102,9 @@ def _without_volatile(value):
 
 
 def _example_key(example: Mapping) -> bytes:
-    """16 bytes that name the three id sequences; each is preceded by its length, so no two triples look alike."""
+    """16 bytes that name the id sequences; each is preceded by its length, so no two examples look alike."""
     digest = hashlib.blake2b(digest_size=16)
-    for field in _FIELDS:
+    for field in (*_FIELDS, "rejected_prompt_ids") if "rejected_prompt_ids" in example else _FIELDS:
         ids = np.asarray(example[field])
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"{field} must be a flat sequence of ints, not {ids.dtype} of shape {ids.shape}")
@@ -117,7 +121,8 @@ class RefCache:
     version    of the code that computes the values
     extra      JSON-able settings that change the values too; None and {} are the same
 
-    An example is a mapping with `prompt_ids`, `chosen_ids`, `rejected_ids`: sequences of int; other keys are not read.
+    An example is a mapping with `prompt_ids`, `chosen_ids`, `rejected_ids`, and maybe `rejected_prompt_ids`: sequences of
+    int; other keys are not read.
     A value is (log p(chosen), log p(rejected)) as float64, in nats. The first value stored for an example stays.
     """
 
@@ -181,12 +186,18 @@ class RefCache:
         start = self._end if self._end <= end else 0
         file.seek(start)
         data = file.read(end - start)
+        damaged = 0
         for at in range(0, len(data), _RECORD_SIZE):
             body, crc = data[at : at + _BODY.size], data[at + _BODY.size : at + _RECORD_SIZE]
             if zlib.crc32(body) == int.from_bytes(crc, "little"):
                 key, chosen, rejected = _BODY.unpack(body)
                 self._values.setdefault(key, (chosen, rejected))
+            else:
+                damaged += 1
         self._end = end
+        if damaged:
+            what = "1 record of %s is" if damaged == 1 else f"{damaged} records of %s are"
+            logger.warning(what + " damaged: what is missing is computed again", self.path)
 
     def _write_sidecar(self) -> None:
         sidecar = self.path.with_suffix(".json")
@@ -242,7 +253,15 @@ def compute_missing(
                     f"the reference gives example {i} log-probs {pair.tolist()} (tokens: {sizes}); "
                     "look for an empty completion, ids outside the vocabulary, or an overflow of fp16"
                 )
-        cache.put_many(batch, computed)
+        try:
+            cache.put_many(batch, computed)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            left = len(order) - start
+            what = f"the cache of {left} more reference log-probs"
+            kept = "Those computed so far are kept; ref_cache_dir names another folder"
+            raise OSError(full_disk(cache.path.parent, left * _RECORD_SIZE, what, kept)) from error
         if progress is not None:
             progress(start + len(batch), len(order))
     for i in missing:

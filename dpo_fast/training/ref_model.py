@@ -23,7 +23,7 @@ NONE, CACHED, MODEL, ADAPTER = "none", "cached", "model", "adapter"
 def choose_reference(args, model, ref_model, sharded: bool, adapters: bool) -> str:
     """How the run gets its reference log-probs. Raises ValueError for a combination that cannot work."""
     adapters = adapters or hasattr(model, "disable_adapter")
-    if LossOptions.of(args).reference_free:
+    if not LossOptions.of(args).has_reference:
         if ref_model is not None:
             raise ValueError(f"loss_type {args.loss_type} takes no reference: do not pass ref_model")
         return NONE

@@ -108,7 +108,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
         if args.disable_dropout:
             no_dropout(module)
     ref_model = ref_model.requires_grad_(False).eval() if ref_model is not None else None
-    plan = prepare_model(model, backend=args.backend)
+    plan = prepare_model(model, workspace_bytes=args.workspace_bytes, backend=args.backend)
     note_attention(model, plan, args)
     share = args.share
     if not plan.share and share != "none":

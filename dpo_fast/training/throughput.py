@@ -11,9 +11,9 @@ class Throughput:
     """Counts between two logs; time spent in evaluation and saving does not count."""
 
     def __init__(self):
-        self._counts: torch.Tensor | list[float] = [0.0] * 6  # as `add` gets them
+        self._counts: torch.Tensor | list[float] = [0.0] * 7  # as `add` gets them
         self._tokens: torch.Tensor | float = 0.0  # not yet taken by `take_tokens`
-        self._totals: torch.Tensor | list[float] = [0.0] * 6  # as _counts, of the whole run
+        self._totals: torch.Tensor | list[float] = [0.0] * 7  # as _counts, of the whole run
         self._seconds = 0.0  # of the whole run, up to the last report
         self._pause = 0.0
         self.restart()
@@ -23,7 +23,8 @@ class Throughput:
         self._since, self._pause = time.perf_counter(), 0.0
 
     def add(self, counts) -> None:
-        """Pairs, chosen tokens, tokens (unshared, unpadded), rows, live rows and those with a gradient, over all ranks."""
+        """Over all ranks: pairs, chosen tokens, tokens (packed: unshared, unpadded), rows, live rows, those with a
+        gradient, and tokens of the same batches padded to their longest sequence."""
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
         self._totals = [a + b for a, b in zip(self._totals, counts, strict=True)]
         self._tokens = self._tokens + counts[2]
@@ -46,17 +47,24 @@ class Throughput:
         return max(time.perf_counter() - self._since - self._pause, 1e-9)
 
     def totals(self) -> dict[str, float]:
-        """`seconds`, `pairs_per_second` and `tokens_saved` (a share) of the whole run, up to now."""
-        pairs, _, tokens, rows, *_ = (float(c) for c in self._totals)
+        """`seconds`, `pairs_per_second`, `tokens_saved` and `tokens_saved_of_padded` of the whole run, up to now.
+
+        The last two are shares: of packed tokens (each sequence whole, no padding) and of padded ones.
+        """
+        pairs, _, tokens, rows, _, _, padded = (float(c) for c in self._totals)
         seconds = self._seconds + self._elapsed()
-        return {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_saved": 1 - rows / max(tokens, 1)}
+        saved = {"tokens_saved": 1 - rows / max(tokens, 1), "tokens_saved_of_padded": 1 - rows / max(padded, 1)}
+        return {"seconds": seconds, "pairs_per_second": pairs / seconds, **saved}
 
     def report(self, flops: Callable[[float, float, float], float], accelerator) -> dict[str, float]:
-        """`perf/...` since the last report; `flops(rows, *live rows)` gives the operations of a forward and backward."""
+        """`perf/...` since the last report; `flops(rows, *live rows)` gives the operations of a forward and backward.
+
+        `perf/tokens_saved` is a share of packed tokens, `perf/tokens_saved_of_padded` one of padded tokens.
+        """
         seconds = self._elapsed()
         self._seconds += seconds
-        pairs, _, tokens, rows, *live = (float(c) for c in self._counts)
-        self._counts = [0.0] * 6
+        pairs, _, tokens, rows, *live, padded = (float(c) for c in self._counts)
+        self._counts = [0.0] * 7
         self.restart()
         if not tokens:
             return {}
@@ -64,6 +72,7 @@ class Throughput:
             "perf/tokens_per_second": tokens / seconds,
             "perf/pairs_per_second": pairs / seconds,
             "perf/tokens_saved": 1 - rows / tokens,
+            "perf/tokens_saved_of_padded": 1 - rows / padded,
         }
         peak = peak_flops(accelerator.device)
         if peak is not None:

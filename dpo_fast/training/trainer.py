@@ -1,33 +1,26 @@
 """`DPOTrainer`: transformers' Trainer over prefix forests.
 
 What is here: how a batch becomes a loss, how losses add up over parts, micro-batches and ranks, and where metrics go.
-Everything else (schedules, logging, evaluation, resume, launchers, sharding) is transformers' own. How the model, the
-reference and the data are set up is in `setup_run.py`.
+Checkpoints, resume, signals and saving are in life.py; how the model, the reference and the data are set up is in
+run_setup.py. Everything else (schedules, logging, evaluation, launchers, sharding) is transformers' own.
 """
 
 import contextlib
 import dataclasses
-import os
 
 import torch
-from safetensors.torch import load_model, save_model
-from transformers import Trainer
 
 from ..data.pairs import PairDataset, prepare
-from ..forest.batch import ForestCollator, Part
+from ..forest.batch import ForestCollator, Part, padded_tokens
 from ..forest.model import prepare_model
 from ..forest.paths import wpo_weights
 from ..losses import objective
-from . import checkpoint, metrics
+from . import metrics
 from .config import DPOConfig
-from .optim import MasterWeights
+from .life import HALF, RunLife
 from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, as_reference, precompute
 from .run_setup import RunPlan, plan_run, set_up
 from .start_checks import check_start, verify_start
-from .throughput import Throughput
-
-_HALF = (torch.bfloat16, torch.float16)
-_REF_FILE = "ref_model.safetensors"
 
 
 @dataclasses.dataclass
@@ -44,7 +37,7 @@ class Totals:
         return cls(pairs, max(sum(part.chosen_tokens for part in parts), 1) / pairs)
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(RunLife):
     """Train `model` on preference pairs; arguments as in TRL's `DPOTrainer`.
 
     model: a name or folder (loaded with `args.model_init_kwargs`), a transformers causal LM, a PEFT model, a module that
@@ -71,12 +64,15 @@ class DPOTrainer(Trainer):
         compute_metrics=None,
         callbacks=None,
         optimizers=(None, None),
+        quantization_config=None,
         peft_config=None,
     ):
-        if data_collator is not None or compute_metrics is not None:
-            raise ValueError(
-                "data_collator and compute_metrics cannot be given: no padded batch and no logits exist here"
-            )
+        if data_collator is not None:
+            raise ValueError("data_collator cannot be given: batches are prefix forests, no padded rows; leave it out")
+        if compute_metrics is not None:
+            raise ValueError("compute_metrics cannot be given: no logits exist to compute from; leave it out")
+        if quantization_config is not None:
+            raise ValueError("quantization_config is not supported: use peft_config with bfloat16 weights instead")
         args = args or DPOConfig()
         run = model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config)
         self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
@@ -118,8 +114,8 @@ class DPOTrainer(Trainer):
         self._sums: torch.Tensor | None = None  # of metrics.COLUMNS since the last log
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the evaluation in progress
         self._eval_totals: Totals | None = None
-        self.throughput = Throughput()
         self._started = self._verified = False
+        self._begin_life()
         self.train_dataset = self._with_reference(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {k: self._with_reference(v, k) for k, v in self.eval_dataset.items()}
@@ -187,6 +183,11 @@ class DPOTrainer(Trainer):
         if args.use_weighting:
             paths = [forest.gather_paths(out[name]) for name in ("token_logps", "log_sum_sq_probs")]
             weights = wpo_weights(*paths, forest.lengths)
+        label_smoothing = None
+        if part.p_chosen is not None and args.label_noise == "weight":
+            weights = part.p_chosen if weights is None else weights * part.p_chosen
+        elif part.p_chosen is not None:
+            label_smoothing = 1 - part.p_chosen
         chosen_lengths, rejected_lengths = forest.lengths.view(2, -1)
         result = objective(
             setup.loss_options,
@@ -196,6 +197,7 @@ class DPOTrainer(Trainer):
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             pair_weights=weights,
+            label_smoothing=label_smoothing,
             mean_chosen_length=mean_chosen_length if setup.loss_options.token_mean else None,
         )
         self._check_start(result)
@@ -208,8 +210,8 @@ class DPOTrainer(Trainer):
         del outputs["loss"]
         return loss, {**outputs, "pair_table": metrics.pair_table(forest, out, result, delta, aux)}
 
-    def _loss_and_table(self, model, part: Part, totals: Totals) -> tuple[torch.Tensor, torch.Tensor]:
-        """`compute_loss` of one part, an override's too, and its table with that loss in the column `loss`."""
+    def _loss_and_table(self, model, part: Part, totals: Totals) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`compute_loss` of one part, an override's too, its table with that loss in the column `loss`, and losses [B]."""
         loss, outputs = self.compute_loss(model, {"parts": [part]}, return_outputs=True, num_items_in_batch=totals)
         table = outputs["pair_table"] if isinstance(outputs, dict) and "pair_table" in outputs else None
         if table is None:
@@ -219,8 +221,11 @@ class DPOTrainer(Trainer):
             )
         # What the base did not put there itself (an auxiliary loss, an override's terms) is the same for every pair.
         column = metrics.COLUMNS.index("loss")
-        table[:, column] += loss.detach().double() - table[:, column].mean()
-        return loss, table
+        losses = table[:, column].clone()
+        rest = loss.detach().double() - losses.mean()
+        table[:, column] += rest
+        # A loss that is nan makes every pair's share of it nan: what is not finite is told by the pair's own loss.
+        return loss, table, torch.where(losses.isfinite().all(), losses + rest, losses)
 
     def reference_logps(self, part: Part) -> torch.Tensor | None:
         """Summed log-probs of the part's pairs under the reference, [2, B] (chosen, rejected); None where a loss has none."""
@@ -252,6 +257,8 @@ class DPOTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and the totals that its gradient is a mean over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
         parts = [part for batch in batches for part in batch["parts"]]
         counts = [0.0] * 6
         for part in parts:
@@ -259,8 +266,11 @@ class DPOTrainer(Trainer):
             live = forest.targets.numel(), forest.grad_items
             mine = (part.pairs, part.chosen_tokens, forest.num_tokens, forest.rows, *live)
             counts = [a + b for a, b in zip(counts, mine, strict=True)]
+        counts.append(sum(padded_tokens(batch["parts"]) for batch in batches))
         if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device))
+            counts.append(self.termination.vote)
+            *counts, votes = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device))
+            self.termination.count(votes)
         self.throughput.add(counts)
         return batches, Totals(counts[0], counts[1] / counts[0] if parts else 1.0)
 
@@ -278,12 +288,16 @@ class DPOTrainer(Trainer):
         for part, counts, last in self._passes(parts):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss, table = self._loss_and_table(model, part, totals)
+                    loss, table, losses = self._loss_and_table(model, part, totals)
                 loss = loss * (part.pairs * scale * counts)
                 self.accelerator.backward(loss, **extra)
             if counts:
-                self._sums = table.sum(0) if self._sums is None else self._sums + table.sum(0)
-                total += loss.detach()
+                self.watch.add(self.state.global_step + 1, part.index, losses)
+                sums, loss = table.sum(0), loss.detach()
+                if self.args.on_nan == "skip":  # what is left out is no part of the means
+                    sums, loss = (torch.where(losses.isfinite().all(), x, torch.zeros_like(x)) for x in (sums, loss))
+                self._sums = sums if self._sums is None else self._sums + sums
+                total += loss
         self._started = True
         return total
 
@@ -300,17 +314,8 @@ class DPOTrainer(Trainer):
         if self._started or self.state.global_step or self.setup.reference == NONE or self.setup.foreign_reference:
             return
         if self.model.training:
-            low = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype in _HALF
+            low = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype in HALF
             check_start(result.chosen_rewards, result.rejected_rewards, low)
-
-    # The trainer's life.
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
-        resume = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
-        self._verify()
-        self.throughput.restart()
-        return super().train(resume_from_checkpoint=resume, **kwargs)
 
     def _verify(self) -> None:
         """Before accelerate wraps the model (training and evaluation do), so that the weights' own precision is used."""
@@ -318,39 +323,6 @@ class DPOTrainer(Trainer):
             off = self.args.disable_dropout
             verify_start(self.model, self.setup.plan, self.train_dataset, self.share, deterministic=off)
         self._verified = True
-
-    def create_optimizer(self, model=None):
-        """transformers' optimizer; bf16 and fp16 weights get fp32 masters, or a learning rate of 1e-6 is lost."""
-        low = any(p.dtype in _HALF for p in self.model.parameters() if p.requires_grad)
-        if low and self.optimizer is None and not self.is_deepspeed_enabled:
-            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if chosen[0] is not MasterWeights:
-                self.optimizer_cls_and_kwargs = (MasterWeights, {"optimizer_class": chosen[0], **chosen[1]})
-        return super().create_optimizer(model)
-
-    def _save_checkpoint(self, model, trial):
-        run_dir = self._get_output_dir(trial=trial)
-        folder = os.path.join(run_dir, f"checkpoint-{self.state.global_step}")
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with self.throughput.paused():
-            if self.args.should_save:
-                checkpoint.mark_incomplete(folder)
-            self._count_tokens()
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            if self.args.sync_ref_model and self.args.should_save:
-                save_model(self.ref_model, os.path.join(folder, _REF_FILE))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.mark_complete(folder, step=self.state.global_step)
-                checkpoint.rotate(run_dir, limit, self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model:
-            load_model(self.ref_model, os.path.join(resume_from_checkpoint, _REF_FILE))
 
     # Metrics.
 
@@ -360,7 +332,7 @@ class DPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for part, counts, _ in self._passes(parts):
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss, table = self._loss_and_table(model, part, self._eval_totals)
+                loss, table, _ = self._loss_and_table(model, part, self._eval_totals)
             if counts:
                 total += loss * part.pairs
                 self._tables.append((part.index, table))
@@ -383,6 +355,8 @@ class DPOTrainer(Trainer):
         # Ranks that run out of pairs repeat some, and padding has index -1.
         first = {int(i): row for row, i in reversed(list(enumerate(index.tolist()))) if i >= 0}
         names = self._name(metrics.means(table[sorted(first.values())].sum(0)))
+        self._count_tokens()
+        names["num_tokens"] = self.state.num_input_tokens_seen  # of training, as in TRL
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in names.items()})
         return output
 
@@ -395,15 +369,26 @@ class DPOTrainer(Trainer):
         return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log and the speed to a training log; sums cross to the host here only."""
-        if "loss" in logs and self._sums is not None:
+        """Adds the means since the last log and the speed to a training log; sums cross to the host here only.
+
+        Raises ValueError, after the log, where a loss or gradient norm is not finite (see `on_nan`).
+        """
+        if "train_loss" in logs and self._sums is not None and self.args.logging_strategy != "no":
+            self.log({"loss": 0.0})  # of the steps since the last log: a callback stopped the run
+        training = "loss" in logs
+        if training and self._sums is not None:
             sums = self.accelerator.reduce(self._sums) if self.accelerator.num_processes > 1 else self._sums
-            logs.update(self._name(metrics.means(sums)))
+            if sums[metrics.COLUMNS.index("pairs")] > 0:
+                logs.update(self._name(metrics.means(sums)))
+            else:
+                del logs["loss"]  # every pair was left out (on_nan="skip")
             self._sums = None
             self._count_tokens()
             logs["num_tokens"] = self.state.num_input_tokens_seen
             logs.update(self.throughput.report(self.setup.flops, self.accelerator))
         super().log(logs, start_time)
+        if training:
+            self.check_finite(logs)
 
     def _count_tokens(self) -> None:
         self.state.num_input_tokens_seen += self.throughput.take_tokens()

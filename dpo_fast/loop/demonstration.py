@@ -1,0 +1,95 @@
+"""The embedded demonstration of `python -m dpo_fast.loop`: a rule prefers polite answers, and three rounds make them usual.
+
+The tiny model of the first demonstration (demo/) learns to answer tersely or politely, mostly tersely. Then the loop runs
+as it would on any model: four samples per question, a rule that judges them, DPO, and again.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+from transformers import set_seed
+
+from ..demo.questions import POLITE, TERSE, byte_tokenizer, judge_style, make_questions, pair
+from ..demo.stages import Settings as DemoSettings
+from ..demo.stages import make_model, make_trainer, one_thread
+from .items import read_candidates
+from .rounds import round_folder, run_loop
+from .settings import AnnotateSection, GenerateSection, Settings
+
+_SCORES = {POLITE: 1.0, TERSE: 0.0, None: -1.0}
+
+
+def politeness(prompt: str, completion: str) -> float:
+    """The judge: 1 for a polite answer, 0 for a terse one, -1 for one in neither form."""
+    return _SCORES[judge_style(completion)]
+
+
+def demonstrate(
+    output_dir: str = "runs/loop_demo", rounds: int = 3, hidden_size: int = 128, sft_epochs: float = 6
+) -> list[dict]:
+    """Run the demonstration; returns the metrics of the start and of each round. A second call goes on or shows it again."""
+    began, folder = time.perf_counter(), Path(output_dir)
+    print("dpo_fast loop: sample, prefer, train, and again. All on this machine's CPU.")
+    folder.mkdir(parents=True, exist_ok=True)
+    train, _ = make_questions()
+    prompts = folder / "questions.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": q.prompt}) + "\n" for q in train[:240]))
+    with one_thread():
+        if not (folder / "model").is_dir():
+            _first_model(folder, train, hidden_size, sft_epochs)
+        settings = Settings(
+            model=str(folder / "model"),
+            prompts=str(prompts),
+            output_dir=str(folder / "loop"),
+            rounds=rounds,
+            heldout=60,
+            generate=GenerateSection(num_generations=4, max_new_tokens=48, batch_size=256),
+            annotate=AnnotateSection(judge=politeness, max_pairs=400),
+            train={
+                "loss_type": ["sigmoid", "sft"],
+                "beta": 0.5,
+                "learning_rate": 1e-4,
+                "per_device_train_batch_size": 16,
+                "num_train_epochs": 1,
+                "gradient_checkpointing": False,
+                "disable_tqdm": True,
+                "dataloader_pin_memory": False,
+                "ref_cache_dir": str(folder / "ref_cache"),
+            },
+        )
+        history = run_loop(settings, log=_brief)
+    shares = [_polite(settings.folder / "start")]
+    shares += [_polite(round_folder(settings, m["round"])) for m in history[1:]]
+    print(f"\npolite answers to held-out questions: {' -> '.join(f'{share:.0%}' for share in shares)}")
+    print(f"time {time.perf_counter() - began:.0f} s; the best round's model is {settings.folder / 'best'}")
+    print(f"Look at the report in a browser: {(settings.folder / 'report.html').absolute().as_uri()}")
+    return history
+
+
+def _brief(text: str) -> None:
+    if text.lstrip().startswith(("round", "warning", "ended")):
+        print(text, flush=True)
+
+
+def _polite(folder: Path) -> float:
+    rows = read_candidates(folder / "samples.jsonl")
+    return sum(judge_style(row["completions"][0]["text"]) == POLITE for row in rows) / len(rows)
+
+
+def _first_model(folder: Path, questions, hidden_size: int, epochs: float) -> None:
+    """A model that answers politely once in four times."""
+    print("First a model learns to answer, politely once in four times.", flush=True)
+    tokenizer = byte_tokenizer()
+    set_seed(0)
+    settings = DemoSettings(output_dir=str(folder / "sft"), hidden_size=hidden_size)
+    model = make_model(settings, tokenizer)
+    rows = [pair(question, style) for question in questions for style in (TERSE, TERSE, TERSE, POLITE)]
+    options = {"loss_type": "sft", "learning_rate": 2e-3, "num_train_epochs": epochs}
+    trainer = make_trainer("sft", model, tokenizer, settings, rows, **options)
+    trainer.train()
+    part = folder / "model.part"
+    with contextlib.suppress(OSError):
+        trainer.save_model(str(part))
+    part.rename(folder / "model")

@@ -1,0 +1,196 @@
+"""Labels that were given elsewhere: pairs and rankings in any layout of the trainer, Argilla's and Label Studio's exports.
+
+Each reader gives votes: (annotator, prompt, better or first text, other text, choice "a", "b" or "tie", seconds or None).
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..data.sources import load_pairs
+from .export import write_rows
+from .items import completion_text, prompt_id
+from .store import SIDES, Label, LabelStore
+
+Vote = tuple[str, str | list[dict], str, str, str, float | None]
+_PROMPTS = ("prompt", "instruction", "question", "input", "text")
+
+
+def import_labels(
+    path: str,
+    labels: str,
+    *,
+    layout: str | None = None,
+    annotator: str = "imported",
+    log: Callable[[str], None] = print,
+) -> int:
+    """Read votes into a labels file; the number of labels that are new.
+
+    A labels file that does not exist is made, with a candidates file beside it (`labels` + ".candidates.jsonl").
+    layout      "pairs", "argilla" or "label_studio"; None recognises it
+    annotator   who gave labels in a file that does not say it
+
+    Raises ValueError for a file without votes, and for votes on completions that the labels file does not have.
+    """
+    layout = layout or recognise(path)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+    votes = list(LAYOUTS[layout](path, annotator))
+    if not votes:
+        raise ValueError(f"{path} holds no vote on two completions (read as {layout})")
+    if not Path(labels).exists():
+        candidates = f"{labels}.candidates.jsonl"
+        write_rows(candidates, _candidates(votes))
+        log(f"wrote {candidates}")
+        LabelStore(labels, candidates).close()
+    with LabelStore(labels) as store:
+        found, unknown = [], 0
+        known = {}
+        for item in store.items():
+            known[prompt_id([item.prompt, item.a, item.b])] = item.id, False
+            known[prompt_id([item.prompt, item.b, item.a])] = item.id, True
+        there = {(label.annotator, label.item) for label in store.labels()}
+        for who, prompt, a, b, choice, seconds in votes:
+            key, turned = known.get(prompt_id([prompt, a, b]), (None, False))
+            unknown += key is None
+            if key is not None and (who, key) not in there:
+                there.add((who, key))
+                side = SIDES.get(choice, choice) if turned else choice
+                found.append(Label(key, who, side, seconds, None, f"from {Path(path).name}", time.time()))
+        if unknown:
+            raise ValueError(
+                f"{unknown} of {len(votes)} votes in {path} are on completions that {labels} does not have: name a new "
+                "labels file for them"
+            )
+        for who in sorted({label.annotator for label in found}):
+            store.add_annotator(who, "person")
+        store.add_labels(found)
+    log(f"{path}: {len(found)} new labels of {len(votes)} votes (read as {layout})")
+    return len(found)
+
+
+def _candidates(votes: list[Vote]) -> list[dict]:
+    rows = {}
+    for _, prompt, a, b, *_ in votes:
+        row = rows.setdefault(prompt_id(prompt), {"id": prompt_id(prompt), "prompt": prompt, "completions": []})
+        for text in (a, b):
+            if {"text": text} not in row["completions"]:
+                row["completions"].append({"text": text})
+    return list(rows.values())
+
+
+def recognise(path: str) -> str:
+    """Which of LAYOUTS a file has, by its first record."""
+    if Path(path).suffix not in (".json", ".jsonl"):
+        return "pairs"
+    record = next(iter(_records(path)), {})
+    if "annotations" in record and "data" in record:
+        return "label_studio"
+    if isinstance(record.get("fields"), dict) or any(key.endswith(".responses") for key in record):
+        return "argilla"
+    return "pairs"
+
+
+def _records(path: str) -> list[dict]:
+    """The objects of a JSON list, of {"records": [...]} or of JSON lines."""
+    text = Path(path).read_text()
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"{path} is neither JSON nor JSON lines ({error})") from None
+    value = value.get("records", [value]) if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+        raise ValueError(f"{path} must hold a list of objects")
+    return value
+
+
+def _read_pairs(path: str, annotator: str) -> Iterator[Vote]:
+    for row in load_pairs(path, log=lambda _: None).rows:
+        yield annotator, row["prompt"], completion_text(row["chosen"]), completion_text(row["rejected"]), "a", None
+
+
+def _prompt_and_texts(fields: dict, path: str) -> tuple[str | list[dict], dict[str, str]]:
+    """The prompt, and the other text fields by name."""
+    name = next((name for name in _PROMPTS if name in fields), None)
+    if name is None:
+        raise ValueError(f"{path} has a record without a prompt: its fields are {', '.join(fields)}")
+    texts = {key: text for key, text in fields.items() if key != name and isinstance(text, str)}
+    return fields[name], texts
+
+
+def _read_label_studio(path: str, annotator: str) -> Iterator[Vote]:
+    """JSON export of a project with a <Pairwise toName="NAME1,NAME2"/> tag whose names are those of the data's fields."""
+    for record in _records(path):
+        prompt, texts = _prompt_and_texts(record["data"], path)
+        for annotation in record["annotations"]:
+            for result in annotation.get("result", ()):
+                if result.get("type") != "pairwise" or annotation.get("was_cancelled"):
+                    continue
+                names = [name for name in str(result.get("to_name", "")).split(",") if name in texts]
+                names = names if len(names) == 2 else list(texts)
+                if len(names) != 2:
+                    raise ValueError(f"{path}: which two of {', '.join(texts)} were compared? to_name must say it")
+                choice = {"left": "a", "right": "b"}.get(result.get("value", {}).get("selected"), "tie")
+                by = annotation.get("completed_by", annotator)
+                by = str(by.get("email", by.get("id", annotator)) if isinstance(by, dict) else by)
+                yield by, prompt, texts[names[0]], texts[names[1]], choice, annotation.get("lead_time")
+
+
+def _read_argilla(path: str, annotator: str) -> Iterator[Vote]:
+    """Records with fields and responses, nested or flat: of a ranking, or of a label that names the better field."""
+    for record in _records(path):
+        fields = record.get("fields") or {key: value for key, value in record.items() if "." not in key}
+        prompt, texts = _prompt_and_texts(fields, path)
+        for who, value in _argilla_responses(record, annotator):
+            for first, second, choice in _argilla_choices(value, list(texts)):
+                yield who, prompt, texts[first], texts[second], choice, None
+
+
+def _argilla_responses(record: dict, annotator: str) -> Iterator[tuple[str, object]]:
+    responses = record.get("responses")
+    if isinstance(responses, dict):  # Argilla 2, nested: question -> [{"value", "user_id"}]
+        for answers in responses.values():
+            yield from ((str(answer.get("user_id", annotator)), answer.get("value")) for answer in answers or ())
+    for answer in responses if isinstance(responses, list) else ():  # Argilla 1: [{"user_id", "values": {...}}]
+        if answer.get("status", "submitted") == "submitted":
+            for value in answer.get("values", {}).values():
+                yield str(answer.get("user_id", annotator)), value.get("value")
+    for key in [key for key in record if key.endswith(".responses")]:  # Argilla 2, flat
+        values, users = record[key] or (), record.get(f"{key}.users")
+        for i, value in enumerate(values):
+            yield (str(users[i]) if users else annotator), value
+
+
+def _argilla_choices(value, names: list[str]) -> Iterator[tuple[str, str, str]]:
+    """(field, field, choice) of each comparison in a response; nothing for a response to another question."""
+    if isinstance(value, list) and value and all(isinstance(x, dict) and x.get("value") in names for x in value):
+        ranked = [(x["value"], x.get("rank", i)) for i, x in enumerate(value)]
+    elif isinstance(value, list) and value and all(x in names for x in value):
+        ranked = [(name, i) for i, name in enumerate(value)]
+    elif isinstance(value, str) and len(names) == 2:
+        number = _last_number(value)
+        if value in names:
+            best = value
+        elif value.lower() in ("tie", "equal", "both", "neither"):
+            yield names[0], names[1], "tie"
+            return
+        else:
+            best = next((name for name in names if number and _last_number(name) == number), None)
+        ranked = [(name, name != best) for name in names] if best else []
+    else:
+        ranked = []
+    for i, (first, rank) in enumerate(ranked):
+        for second, other in ranked[i + 1 :]:
+            yield first, second, "tie" if rank == other else "a" if rank < other else "b"
+
+
+def _last_number(text: str) -> str:
+    return re.search(r"\d*$", text)[0]
+
+
+LAYOUTS = {"pairs": _read_pairs, "argilla": _read_argilla, "label_studio": _read_label_studio}

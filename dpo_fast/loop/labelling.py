@@ -1,0 +1,61 @@
+"""One round's labels, from judges and people, and the pairs that come out of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .export import export_pairs
+from .judges import run_judge
+from .server import PageOptions, PageServer
+from .settings import Settings
+from .store import LabelStore
+
+
+def label_round(settings: Settings, folder: Path, log: Callable[[str], None]) -> tuple[list[dict], list[dict]]:
+    """(training pairs, held-out pairs) of the candidates in `folder`; labels that are there already are kept.
+
+    With people, it stops with the page's address and goes on when the wanted labels are there. Held-out pairs are labelled
+    by the judge alone, [] without one. Raises ValueError where a judge fails and where no pair is left to train on.
+    """
+    options = settings.annotate
+    with LabelStore(folder / "labels.sqlite", folder / "candidates.jsonl") as store:
+        if not store.items("train"):
+            raise ValueError(
+                "no training prompt has two completions that differ: generate more of them, or at a higher temperature"
+            )
+        if options.annotators:
+            _ask_people(store, settings, log)
+        elif options.judge is not None:
+            run_judge(store, options.judge, limit=options.max_pairs, log=log)
+        how = {"method": settings.labels.method, "min_p": settings.labels.min_p, "log": log}
+        pairs, heldout = export_pairs(store, **how), []
+        if options.judge is not None and store.items("heldout"):
+            try:
+                run_judge(store, options.judge, split="heldout", limit=options.max_heldout_pairs, log=log)
+                heldout = export_pairs(store, split="heldout", **how)
+            except ValueError as error:
+                if len({label.choice for label in store.labels("heldout")} & {"a", "b"}):
+                    raise
+                log(f"no held-out pair is preferred, so reward accuracy is not measured in this round: {error}")
+    return pairs, heldout
+
+
+def _ask_people(store: LabelStore, settings: Settings, log: Callable[[str], None]) -> None:
+    options = settings.annotate
+    page = PageOptions(
+        labels_per_pair=options.labels_per_pair,
+        limit=options.max_pairs,
+        guidelines=Path(options.guidelines).read_text() if options.guidelines else "",
+        token=options.token,
+    )
+
+    def finished() -> bool:
+        counts = store.counts(options.labels_per_pair, limit=options.max_pairs)
+        return counts["done"] >= counts["wanted"]
+
+    if finished():
+        return
+    with PageServer(store, page, host=options.host, port=options.port) as server:
+        for name in options.annotators:
+            log(f"{name}: {server.link(name)}")
+        log("The loop goes on when the wanted labels are there. Ctrl-C ends it; labels are saved as they come.")
+        server.wait(finished)

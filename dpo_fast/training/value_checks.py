@@ -1,0 +1,89 @@
+"""Values of options that a run would accept and then waste: each is an error before any file is read."""
+
+import math
+
+from .metrics import COLUMNS
+
+# Besides the columns of the metrics' table, what an evaluation reports (transformers' own rates, the tokens so far).
+_EVALUATED = (
+    *COLUMNS[: COLUMNS.index("pairs")], "num_tokens", "runtime", "samples_per_second", "steps_per_second",
+)  # fmt: skip
+# name -> (smallest value, whether that value itself is one)
+_BOUNDS = {
+    "learning_rate": (0, False),
+    "weight_decay": (0, True),
+    "max_grad_norm": (0, True),
+    "adam_epsilon": (0, True),
+    "warmup_steps": (0, True),
+    "eval_delay": (0, True),
+    "gradient_accumulation_steps": (1, True),
+    "per_device_train_batch_size": (1, True),
+    "per_device_eval_batch_size": (1, True),
+    "save_total_limit": (1, True),
+    "dataloader_num_workers": (0, True),
+}
+
+
+def check_numbers(args) -> None:
+    """Numbers out of range. Raises ValueError that names the option and what it takes.
+
+    Call it before transformers looks at the values: it divides by some of them.
+    """
+    for name, (low, inclusive) in _BOUNDS.items():
+        value = getattr(args, name, None)
+        if isinstance(value, str):
+            value = _number(name, value)
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < low or (value == low and not inclusive):
+            most = f"at least {low}" if inclusive else f"above {low}"
+            raise ValueError(f"{name} is {value}: give a finite number {most}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= float(getattr(args, name)) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}: give a number in [0, 1)")
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise ValueError(f"max_steps is {args.max_steps}: give at least 1, or -1 for num_train_epochs")
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"num_train_epochs is {args.num_train_epochs}: nothing would be trained; give more than 0")
+    for what in ("logging", "eval", "save"):
+        steps, strategy = getattr(args, f"{what}_steps"), getattr(args, f"{what}_strategy")
+        if steps is not None and getattr(strategy, "value", strategy) == "steps" and not 0 < float(steps) < math.inf:
+            more = "" if what == "eval" else f", or {what}_strategy no"
+            raise ValueError(f"{what}_steps is {steps}: give a number of steps, or a share of all steps below 1{more}")
+
+
+def check_evaluation(args) -> None:
+    """Options that choose a best model need evaluations, and a metric that these report. Raises ValueError."""
+    evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no"
+    best = getattr(args.save_strategy, "value", args.save_strategy) == "best"
+    for name, given in (("load_best_model_at_end", args.load_best_model_at_end), ("save_strategy=best", best)):
+        if given and not evaluates:
+            raise ValueError(f"{name} has no effect without evaluation: set eval_strategy to steps or epoch")
+    metric = args.metric_for_best_model
+    if metric is None:
+        return
+    name = metric.removeprefix("eval_")
+    # Of several evaluation sets, each metric carries its set's name in front.
+    if not any(name == known or name.endswith(f"_{known}") for known in _EVALUATED):
+        near = [known for known in _EVALUATED if name[:7] in known]  # accuracy, accuracies
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}, which no evaluation reports: give "
+            + (f"{near[0]}" if len(near) == 1 else f"one of {', '.join(near or _EVALUATED)}")
+        )
+
+
+def check_on_nan(args) -> None:
+    """Whether the steps that are not finite can be left out as `on_nan` says. Raises ValueError."""
+    if args.on_nan not in ("stop", "skip"):
+        raise ValueError(f"on_nan is {args.on_nan!r}: give stop or skip")
+    if args.on_nan == "skip" and args.fp16:
+        raise ValueError("on_nan=skip has no effect with fp16, whose loss scaling leaves such steps out: drop it")
+    if args.on_nan == "skip" and args.deepspeed:
+        raise ValueError("on_nan=skip does not work with DeepSpeed, whose engine steps by itself: drop it")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: give a number") from None
