@@ -343,8 +343,11 @@ def test_an_attention_of_trl_is_accepted_and_the_log_names_what_runs(arguments, 
     argv = [*arguments, "--ref_cache_dir", str(tmp_path / "cache"), "--max_steps", "1"]
     assert main([*argv, "--attn_implementation", asked]) == 0
     shown = capsys.readouterr()
-    assert f"attention: dpo_fast's own, which shares prompts; attn_implementation={asked} is not used" in shown.out
-    assert shown.err == ""
+    line = (
+        f"attention: dpo_fast's own, exact over shared prompts (attn_implementation={asked} was asked for; the numbers"
+    )
+    assert line in shown.err
+    assert len(shown.err.splitlines()) == 1
 
 
 def test_model_init_kwargs_that_the_model_does_not_take_are_an_error(arguments, capsys):
@@ -358,8 +361,8 @@ def test_the_workspace_reaches_the_head(arguments, tmp_path, monkeypatch):
     from dpo_fast.ops import tiles
 
     seen, weights = [], []
-    real = tiles.kept_rows
-    monkeypatch.setattr("dpo_fast.ops.head.kept_rows", lambda n, w, limit: seen.append(limit) or real(n, w, limit))
+    real = tiles.workspace_rows
+    monkeypatch.setattr("dpo_fast.ops.head.workspace_rows", lambda w, limit: seen.append(limit) or real(w, limit))
     for limit in ("0", "1000000"):
         argv = [*arguments, "--ref_cache_dir", str(tmp_path / "cache"), "--max_steps", "2", "--learning_rate", "1e-2"]
         assert main([*argv, "--workspace_bytes", limit, "--output_dir", str(tmp_path / limit)]) == 0

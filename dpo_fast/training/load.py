@@ -186,6 +186,8 @@ def _one_line(name: str, what: str = "model"):
             raise ValueError(f"the weights of {name} do not have the shapes of its config.json: {error}") from error
         raise
     except (KeyError, AttributeError, TypeError) as error:
+        if "unexpected keyword argument" in str(error):
+            raise ValueError(f"model_init_kwargs do not fit the model: {error}") from error
         raise ValueError(
             f"the {what} files of {name} cannot be read: {type(error).__name__} {error}. Is {_files(what)} whole?"
         ) from error
