@@ -1,6 +1,7 @@
 """`pytest --benchmark` collects the suites in bench/ and nothing else; plain `pytest` none of them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def test_rounds_and_the_word_on_ratios(tmp_path):
     path = tmp_path / "rows.json"
     command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
     command.append("bench/test_ops.py::test_op[dpo_fast torch: sequence_logps]")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Inside of pytest-xdist's workers pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(path.read_text())["benchmarks"]
     # A round takes a few milliseconds.
