@@ -102,7 +102,8 @@ def run_tests(
                 results.add(op=name, test=test, failed=f"{outcome.lower()}: {test}", took=took)
             else:
                 results.now(test)
-        elif match := re.match(r"ERROR: not found: (\S*?)(tests/.*)", text):
+        # It comes on the other stream, maybe behind "collecting ... ".
+        elif match := re.search(r"ERROR: not found: (\S*?)(tests/.*)", text):
             missing.append(match.group(2))
 
     why = stream(command, seconds, read, silence)
