@@ -219,6 +219,11 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     say(f"saved the model and its tokenizer to {args.output_dir}")
     say(_summary(before, after, speed, trainer.state.global_step))
     trainer.accelerator.end_training()
+    if torch.distributed.is_initialized():
+        # Everything is written. Collecting a gloo process group was seen to wait for a rank that has left already.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _final_metrics(trainer) -> dict:
