@@ -110,12 +110,12 @@ def test_another_model_made_from_the_same_config_keeps_its_own():
     second = type(first)(first.config).double()
     second.load_state_dict(first.state_dict())
     ids = torch.tensor([[5, 9, 3]])
-    before = second(ids).logits
+    before = second.eval()(ids).logits
     own_config(first)
     no_dropout(first)
     prepare_model(first)
     assert second.config.attention_dropout == 0.25
     assert second.config._attn_implementation != first.config._attn_implementation
-    assert torch.equal(second.eval()(ids).logits, before) or torch.isfinite(second(ids).logits).all()
+    assert torch.equal(second(ids).logits, before)
     second.model(ids)  # its trunk is still callable by itself
     prepare_model(second)
