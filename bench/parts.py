@@ -1,5 +1,6 @@
 """The parts of bench.gpu's stages: what is measured, in which order, at which sizes. A part runs in a process of its own."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -67,8 +68,6 @@ def _ceilings(results: Results, plan: Plan, seconds: float) -> None:
 
 
 def _bench(results: Results, plan: Plan) -> Bench:
-    if plan.dry:
-        torch._dynamo.config.disable = True  # compiling is most of the time at toy sizes
     return Bench(results, plan.dtype, plan.repeats, _top(results, plan), plan.rows_per_sequence)
 
 
@@ -97,8 +96,10 @@ def _head(results: Results, plan: Plan, seconds: float) -> None:
 def _peers(results: Results, plan: Plan, seconds: float) -> None:
     bench = _bench(results, plan)
     among = ("dpo_fast csrc", "dpo_fast triton", *PEERS)
-    _hidden_in(bench, plan, among)
-    _logits_in(bench, plan, among)
+    # Compiling would be most of the time at toy sizes. The stance ends with the part: tests share the process.
+    with torch.compiler.set_stance("force_eager") if plan.dry else contextlib.nullcontext():
+        _hidden_in(bench, plan, among)
+        _logits_in(bench, plan, among)
 
 
 def _programs(results: Results, plan: Plan, seconds: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dpo_fast import DPOConfig, DPOTrainer
+from dpo_fast.train import leave
 from dpo_fast.training.checkpoint import complete_checkpoints
 
 
@@ -86,9 +87,11 @@ def main(path: str) -> None:
         with open(spec["out"], "w") as file:
             json.dump({"history": trainer.state.log_history, "eval": metrics}, file)
     trainer.accelerator.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except SystemExit as ended:  # SIGTERM
+        leave(ended.code)
+    leave(0)

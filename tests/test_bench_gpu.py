@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench import agreement, ceilings, checks, common, gpu, lengths, measure, parts, profiling, results, steps, systems
 from bench.clock import LONGEST_SLEEP, Clock
@@ -67,10 +68,12 @@ def test_head(tmp_path):
 
 def test_peers_come_with_ours_in_turns(tmp_path, monkeypatch):
     monkeypatch.setitem(parts.PLANS, True, dataclasses.replace(parts.DRY, logits=()))
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     found = run_part("peers", tmp_path)
     check_ops(found, {op for op in systems.OPS if systems.OPS[op].gemms})
     assert {"torch eager", "torch.compile", "bare GEMMs"} <= {row["system"] for row in found if "seconds" in row}
+    counter = CompileCounterWithBackend("eager")  # the tests after this one must compile again
+    torch.compile(torch.sin, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 1
 
 
 def test_programs(tmp_path):
