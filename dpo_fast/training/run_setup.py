@@ -96,7 +96,9 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
         ref_model = frozen_copy(model)
     model = add_adapters(model, run.peft_config)
     vars(base_model(model)).pop("_dpo_fast_start", None)  # of an earlier run
-    if reference in (ADAPTER, CACHED) and not foreign and has_trained_adapters(model):
+    # Fresh adapters that were asked to start at random (init_lora_weights=False) are no start: the base is the reference.
+    random_start = getattr(run.peft_config, "init_lora_weights", True) is False
+    if reference in (ADAPTER, CACHED) and not (foreign or random_start) and has_trained_adapters(model):
         if is_sharded(args):
             raise ValueError(
                 "the model's adapters are already trained, and a frozen copy of them cannot be kept under FSDP or DeepSpeed: "
