@@ -1,7 +1,7 @@
-"""What the public ops refuse, in words that name the argument, what was given and what is expected.
+"""The checks of the public ops' arguments; each error names the argument, what was given and what is expected.
 
-Shapes, types and devices are checked before an op is called, values inside of it: on the CPU always, on a GPU under
-`debug=True`, since to look at a value there is to wait for the device.
+Shapes, types and devices are checked before an op is called, values inside the op: always on the CPU, and on a GPU
+under `debug=True` only, since reading a value waits for the device.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from ..losses import require
 
 
 def shown(x: object) -> str:
-    """A tensor as `torch.float32 [2, 3] on cpu`, anything else as it prints."""
+    """A tensor as `torch.float32 [2, 3] on cpu`, anything else as its repr."""
     return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
 
 
 def local(name: str, x: Tensor | None) -> Tensor | None:
-    """`x` as a plain tensor: a DTensor's whole where no gradient is wanted of it."""
+    """`x` as a plain tensor. A DTensor is gathered where it needs no gradient or has one rank, and refused elsewhere."""
     if x is None or not hasattr(x, "full_tensor"):
         return x
     if name in ("weight", "bias") and (x.device_mesh.size() == 1 or not (x.requires_grad and torch.is_grad_enabled())):
@@ -52,7 +52,7 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
 
 
 def check_targets_like(targets: Tensor, rows: Tensor, name: str) -> None:
-    """`targets` fit `rows` [..., V or D]."""
+    """Raise ValueError unless `targets` fit `rows` [..., V or D]."""
     fits = isinstance(targets, Tensor) and targets.shape == rows.shape[:-1] and targets.dtype == torch.int64
     require(
         fits, lambda: f"targets must be int64 {list(rows.shape[:-1])}, one for each row of {name}, got {shown(targets)}"
@@ -63,7 +63,7 @@ def check_targets_like(targets: Tensor, rows: Tensor, name: str) -> None:
 
 
 def check_sequences(rows: Tensor, name: str, cu_seqlens: Tensor | None, pairs: bool = False) -> int:
-    """The number of sequences S of padded [S, T, ...] or of packed [N, ...] with `cu_seqlens` [S + 1]."""
+    """The number of sequences S of padded [S, T, ...] or of packed [N, ...] with `cu_seqlens` [S + 1]; checks their shapes."""
     if cu_seqlens is None:
         require(
             rows.ndim == 3,
@@ -114,7 +114,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_targets(targets: Tensor, words: int, ignore_index: int | None, debug: bool) -> None:
-    """Targets lie in [0, words) or are `ignore_index`."""
+    """Raise ValueError unless all targets lie in [0, words) or are `ignore_index`."""
     if (targets.is_cuda and not debug) or not targets.numel():
         return
     scored = targets if ignore_index is None else targets[targets != ignore_index]
@@ -125,7 +125,7 @@ def check_targets(targets: Tensor, words: int, ignore_index: int | None, debug: 
 
 
 def check_bounds(cu_seqlens: Tensor, rows: int, debug: bool) -> None:
-    """`cu_seqlens` goes from 0 to `rows` and never down."""
+    """Raise ValueError unless `cu_seqlens` goes from 0 to `rows` and never down."""
     if cu_seqlens.is_cuda and not debug:
         return
     bounds = cu_seqlens.tolist()
