@@ -1,7 +1,7 @@
 """The labels file: pairs, annotators and labels in one SQLite file (WAL), one transaction per label.
 
-A label is on disk before `add_label` returns, so kill -9 loses nothing that was said to be saved. People and judges are
-annotators of one table. Several processes may use a file at once.
+A label is on disk before `add_label` returns, so kill -9 loses no label that was reported as saved. People and judges are
+annotators in one table. Several processes may use a file at once.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from pathlib import Path
 
 from .items import Item, fingerprint, in_rounds, make_items, read_candidates
 
-CHOICES = ("a", "b", "tie", "bad", "skip")  # bad: both are bad; a skip counts as no label
+CHOICES = ("a", "b", "tie", "bad", "skip")  # "bad" calls both bad; a skip does not count as a label
 SIDES = {"a": "b", "b": "a"}
-SHOWN_SECONDS = 1800  # a pair that was shown longer ago may be given to another person
+SHOWN_SECONDS = 1800  # after this time a pair that was shown may be given to another person
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE items (id TEXT PRIMARY KEY, position INTEGER NOT NULL, gold TEXT, split TEXT NOT NULL, content TEXT NOT NULL);
@@ -34,7 +34,7 @@ CREATE TABLE showings (annotator TEXT PRIMARY KEY, item TEXT NOT NULL, shown_lef
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """What one annotator said about one item. `seconds` and `shown_left` ("a" or "b") are None for imported labels."""
+    """One annotator's choice for one item. `seconds` and `shown_left` ("a" or "b") are None where they are not known."""
 
     item: str
     annotator: str
@@ -47,7 +47,7 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Showing:
-    """An item in front of a person, `shown_left` on the left. The token is good for one label."""
+    """An item that is shown to a person, with `shown_left` on the left. The token is good for one label."""
 
     item: Item
     shown_left: str
@@ -58,9 +58,9 @@ class LabelStore:
     """Pairs to label and their labels.
 
     path        labels file; it is created from `candidates` if absent
-    candidates  candidates file. A labels file of other candidates is a ValueError
+    candidates  candidates file, needed to create the labels file
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is no labels file.
+    Raises FileNotFoundError for a missing file, ValueError for one that is no labels file or holds other candidates.
     """
 
     def __init__(self, path: str | Path, candidates: str | Path | None = None):
@@ -68,7 +68,7 @@ class LabelStore:
         rows = None if candidates is None else read_candidates(candidates)
         if rows is None and not self.path.exists():
             raise FileNotFoundError(f"no such labels file: {path} (give the candidates file to make it)")
-        # One connection under one lock; other processes wait up to half a minute.
+        # There is one connection under one lock; other processes wait for up to half a minute.
         self._lock = threading.RLock()
         try:
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
@@ -125,7 +125,7 @@ class LabelStore:
     # Items.
 
     def items(self, split: str | None = None, *, gold: bool = False) -> list[Item]:
-        """The items of a split (default: all) in the order in which they are to be labelled; or the gold questions."""
+        """The items of a split (default: all) in the order in which they are to be labelled, or the gold questions."""
         query = "SELECT content FROM items WHERE (gold IS NOT NULL) = ? AND (? IS NULL OR split = ?) ORDER BY position"
         return [Item(**json.loads(content)) for (content,) in self._rows(query, [gold, split, split])]
 
@@ -150,9 +150,9 @@ class LabelStore:
     # Annotators.
 
     def add_annotator(self, name: str, kind: str = "person") -> str:
-        """The secret of an annotator's link, made at the first call. `kind` is "person" or "judge".
+        """The secret of an annotator's link, which the first call makes. `kind` is "person" or "judge".
 
-        Raises ValueError where the name belongs to one of the other kind.
+        Raises ValueError where the name belongs to an annotator of the other kind.
         """
         if not name.strip():
             raise ValueError("an annotator needs a name")
@@ -164,7 +164,7 @@ class LabelStore:
         return secret
 
     def annotators(self) -> dict[str, str]:
-        """Name -> kind."""
+        """Annotators: name -> kind."""
         return dict(self._rows("SELECT name, kind FROM annotators ORDER BY name"))
 
     def annotator_of(self, secret: str) -> str | None:
@@ -183,7 +183,7 @@ class LabelStore:
         shown_left: str | None = None,
         note: str | None = None,
     ) -> None:
-        """Save what `annotator` (known by `add_annotator`) says about an item: one of CHOICES.
+        """Save the choice, one of CHOICES, of an `annotator` (known by `add_annotator`) for an item.
 
         Raises ValueError for another choice, an unknown annotator or item, and a second label for the same item.
         """
@@ -209,7 +209,7 @@ class LabelStore:
             ) from None
 
     def labels(self, split: str | None = None, *, gold: bool = False) -> list[Label]:
-        """All labels of a split's items (default: of all), skips too, oldest first; or those of the gold questions."""
+        """All labels of a split's items (default: of all items), skips included, oldest first; or those of gold questions."""
         query = (
             "SELECT item, annotator, choice, seconds, shown_left, note, created FROM labels JOIN items ON items.id = item "
             "WHERE (gold IS NOT NULL) = ? AND (? IS NULL OR split = ?) ORDER BY labels.id"
@@ -221,7 +221,7 @@ class LabelStore:
         return {item for (item,) in self._rows("SELECT item FROM labels WHERE annotator = ?", [annotator])}
 
     def counts(self, labels_per_pair: int = 1, *, split: str = "train", limit: int | None = None) -> dict[str, int]:
-        """`items`, `labels` of people and judges on them, `wanted` labels of people, and how many of these are there (`done`)."""
+        """Numbers of `items`, of `labels` on them by people and judges, of `wanted` labels by people, and of those `done`."""
         wanted = self.items(split)[:limit]
         people = {name for name, kind in self.annotators().items() if kind == "person"}
         keys, given = {item.id for item in wanted}, [x for x in self.labels(split) if x.choice != "skip"]
@@ -247,11 +247,11 @@ class LabelStore:
         limit: int | None = None,
         gold_every: int = 10,
     ) -> Showing | None:
-        """The next item for a person with sides drawn anew, or None when nothing is left for them now.
+        """The next item for a person, with sides drawn anew, or None when nothing is left for them now.
 
-        An item that was shown and not labelled is shown again. One that is in front of another person, or has
-        `labels_per_pair` labels, is not given out; `overlap` allows the former. Only the first `limit` training items are
-        asked, and one question in `gold_every` is a gold one while there are any.
+        An item that was shown and not labelled is shown again. An item that is shown to another person (unless `overlap`)
+        or has `labels_per_pair` labels is not given out. Only the first `limit` training items are asked, and one question
+        in `gold_every` is a gold one while there are any.
         """
         with self._transaction() as db:
             key = self._pending(db, annotator)
@@ -265,10 +265,10 @@ class LabelStore:
             return self._put_up(db, annotator, key)
 
     def label_showing(self, annotator: str, token: str, choice: str, note: str | None = None) -> None:
-        """Save a person's choice for what is in front of them: "left", "right", "tie", "bad" or "skip".
+        """Save a person's choice for the item that is shown to them: "left", "right", "tie", "bad" or "skip".
 
-        Raises ValueError where `token` is not that of the last showing: the link was opened in another window, or the
-        label came twice. Nothing is saved then.
+        Raises ValueError and saves nothing where `token` is not that of the last showing: the link was opened in another
+        window, or the label came twice.
         """
         with self._transaction() as db:
             found = db.execute(
@@ -286,7 +286,7 @@ class LabelStore:
             db.execute("DELETE FROM showings WHERE annotator = ?", [annotator])
 
     def undo(self, annotator: str) -> str | None:
-        """Take an annotator's last label back and put its item before them again: its id, or None without a label."""
+        """Take an annotator's last label back and show them its item again; returns the item's id, or None without a label."""
         with self._transaction() as db:
             query = "SELECT id, item FROM labels WHERE annotator = ? ORDER BY id DESC LIMIT 1"
             found = db.execute(query, [annotator]).fetchone()
@@ -297,7 +297,7 @@ class LabelStore:
             return found[1]
 
     def showing(self, annotator: str, token: str) -> Showing | None:
-        """What `show` gave with `token`, while it is in front of the annotator."""
+        """The showing with this `token`, or None when it is no longer shown to the annotator."""
         found = self._rows(
             "SELECT item, shown_left FROM showings WHERE annotator = ? AND token = ?", [annotator, token]
         )
