@@ -13,6 +13,8 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+from dpo_fast.forest.packing import common_prefix_length
+
 FILE = Path(__file__).parent / "lengths.json"
 COLUMNS = ("pairs", "prompt", "chosen", "rejected", "shared")
 
@@ -20,10 +22,7 @@ COLUMNS = ("pairs", "prompt", "chosen", "rejected", "shared")
 def lengths(pair: dict) -> tuple[int, int, int, int]:
     """The numbers of tokens of prompt, chosen and rejected, and of the beginning that both completions share."""
     chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    return len(pair["prompt_ids"]), len(chosen), len(rejected), shared
+    return len(pair["prompt_ids"]), len(chosen), len(rejected), common_prefix_length(chosen, rejected)
 
 
 def histogram(pairs: list[dict]) -> list[list[int]]:

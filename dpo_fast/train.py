@@ -159,7 +159,7 @@ def _resume(args) -> str | None:
     """The checkpoint to resume from. Raises ValueError where the one that is asked for cannot be used."""
     value = args.resume_from_checkpoint
     known = {"true": True, "false": None}
-    return checkpoint.resolve(known.get(str(value).lower(), value), args.output_dir)
+    return checkpoint.find_checkpoint(known.get(str(value).lower(), value), args.output_dir)
 
 
 def _load_pairs(script, args, say) -> dict[str, Pairs]:

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .logps import check_rows
-from .rows import LOG2E, checked, reduce_row, row_blocks, row_layout, write_gradient, write_zeros
+from .rows import LOG2E, block_sizes, checked, reduce_row, row_layout, write_gradient, write_zeros
 
 # Sizes of a program, by the number of programs per SM. Three of eight warps and 80 registers fit, and more would only
 # wait for a place. One of 32 warps has fewer rows between their two reads, so that more second reads can come from L2.
@@ -355,6 +355,6 @@ def dpo_fused(
         float(beta), float(label_smoothing),
         float(discopop_tau), float(simpo_gamma),
         LOSS=PAIR_LOSSES[loss_type], HAS_REF=ref_logps is not None, SCALE_IS_TENSOR=scale_is_tensor,
-        **row_layout(logits, out), **row_blocks(V, logits.dtype, **PROGRAM_SIZES[programs_per_sm]),
+        **row_layout(logits, out), **block_sizes(V, logits.dtype, **PROGRAM_SIZES[programs_per_sm]),
     )  # fmt: skip
     return losses, logps, out

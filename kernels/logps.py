@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import checked, reduce_row, row_blocks, row_layout, row_transform, transform, write_gradient, write_zeros
+from .rows import block_sizes, checked, reduce_row, row_layout, row_transform, transform, write_gradient, write_zeros
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -84,7 +84,7 @@ def logps_fwd(logits, targets, *, ignore_index=-100, scale=1.0, softcap=None, te
     logps, lse = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
     stats = _statistics(N, logits.device, outputs)
     if N:
-        blocks = row_blocks(V, logits.dtype, loads=_loads(outputs, softcap))
+        blocks = block_sizes(V, logits.dtype, loads=_loads(outputs, softcap))
         _logps_fwd_kernel[(N,)](
             logits, targets, logps, lse, *(stats.get(name, logps) for name in OUTPUTS),
             logits.stride(0), V, ignore_index, temperature=float(temperature),
@@ -131,7 +131,7 @@ def logps_bwd(
         _logps_bwd_kernel[(N,)](
             logits, targets, lse, coef, out, logits.stride(0), out.stride(0), V, ignore_index,
             **row_transform(scale, softcap, temperature), **row_layout(logits, out),
-            **row_blocks(V, logits.dtype, loads=_loads((), softcap)),
+            **block_sizes(V, logits.dtype, loads=_loads((), softcap)),
         )  # fmt: skip
     return out
 
@@ -186,10 +186,10 @@ def residual_(
         # A tile of logits may have no more rows than a GPU has SMs; twice the warps per row then keep as many loads in
         # flight.
         if programs_per_sm == 2:
-            blocks = row_blocks(V, logits.dtype, warps=16, loads=_loads(outputs, softcap))
+            blocks = block_sizes(V, logits.dtype, warps=16, loads=_loads(outputs, softcap))
         else:
             assert programs_per_sm == 1, programs_per_sm
-            blocks = row_blocks(V, logits.dtype, warps=32, loads=2, registers=64)
+            blocks = block_sizes(V, logits.dtype, warps=32, loads=2, registers=64)
         _residual_kernel[(N,)](
             logits, targets, logps, *(stats.get(name, logps) for name in OUTPUTS),
             logits.stride(0), V, ignore_index, temperature=float(temperature),

@@ -22,7 +22,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-def row_blocks(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4, registers: int = 80) -> dict[str, int]:
+def block_sizes(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4, registers: int = 80) -> dict[str, int]:
     """Block sizes and launch options for rows of V words: at most `warps` warps per row, `loads` loads in flight and
     `registers` registers per thread.
 

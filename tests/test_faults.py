@@ -166,7 +166,7 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tiny_disk):
         'except OSError as error: print("ERROR", error)\n'
         'print("WHOLE", [p.name for p in checkpoint.complete_checkpoints(folder / "run")])\n'
         'print("THERE", sorted(p.name for p in (folder / "run").glob("checkpoint-*")))\n'
-        'checkpoint.check_contents(checkpoint.resolve(True, folder / "run"))\n'
+        'checkpoint.check_contents(checkpoint.find_checkpoint(True, folder / "run"))\n'
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0].isupper())

@@ -281,7 +281,7 @@ def test_blocks_fit():
     for v in (1, 100, 4096, 50257, 128256):
         for dtype in DTYPES:
             for warps in (8, 16):
-                b = rows.row_blocks(v, dtype, warps)
+                b = rows.block_sizes(v, dtype, warps)
                 assert b["THREADS"] == 32 * b["num_warps"]
                 assert b["num_warps"] == 1 or b["K"] * b["THREADS"] * b["VEC"] <= v
                 assert b["VEC"] * dtype.itemsize == 16

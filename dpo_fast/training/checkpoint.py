@@ -110,7 +110,7 @@ def _lenient(folder: Path) -> dict:
         return {}
 
 
-def resolve(resume, run_dir: str | os.PathLike) -> str | None:
+def find_checkpoint(resume, run_dir: str | os.PathLike) -> str | None:
     """The folder to resume from: None where `resume` is false, the last whole checkpoint for True, else the named one.
 
     Raises ValueError where there is none, where writing the named one was interrupted, and where one of its files is

@@ -69,7 +69,7 @@ class RunLife(Trainer):
             raise ValueError("there is nothing to train on: pass train_dataset")
         if self.is_world_process_zero():
             hold(self.args.output_dir)
-        resume = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
+        resume = checkpoint.find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if resume and self.is_world_process_zero():
             checkpoint.check_contents(resume)
         self._agree(resume)
