@@ -1,4 +1,4 @@
-"""Reading files and layouts: what each layout becomes, what is refused and how it is said."""
+"""Reading files and layouts: what each layout becomes, what is refused, and the words of each refusal."""
 
 import gzip
 import json
