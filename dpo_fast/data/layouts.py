@@ -112,7 +112,7 @@ def _numbers(field: str, values, n: int) -> list[float]:
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
     )
     if not numeric or len(values) != n:
-        raise BadRowError(f"'{field}' must hold one number a completion: {n} completions, {field} {values}")
+        raise BadRowError(f"'{field}' must hold one number per completion: {n} completions, {field} {values}")
     return values
 
 

@@ -104,7 +104,7 @@ def run(settings: Settings) -> Result:
     weights = sum(p.numel() for p in model.parameters())
     print("dpo_fast demo: a model learns to answer, then DPO teaches it manners. All on this machine's CPU.")
     print(
-        f"  {weights / 1e6:.2f}M weights, a token a byte; {len(train)} training and {len(held_out)} held-out questions"
+        f"  {weights / 1e6:.2f}M weights, one token per byte; {len(train)} training and {len(held_out)} held-out questions"
     )
     for style in (TERSE, POLITE):
         print(f"  {style}: {held_out[0].prompt.strip()} {held_out[0].styled(style)}".replace("\n", " "))

@@ -130,7 +130,7 @@ class PrefixForest:
             raise ValueError(f"share={share!r} is not one of {', '.join(SHARE_MODES)}")
         if len(prompts) != len(completions) or not prompts:
             raise ValueError(
-                f"prompts and completions need one entry a sequence, got {len(prompts)} and {len(completions)}"
+                f"prompts and completions need one entry per sequence, got {len(prompts)} and {len(completions)}"
             )
         for s, completion in enumerate(completions):
             if len(completion) == 0:

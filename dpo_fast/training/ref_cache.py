@@ -202,7 +202,7 @@ class RefCache:
     def _write_sidecar(self) -> None:
         sidecar = self.path.with_suffix(".json")
         if not sidecar.exists():
-            about = f"{self.path.name}: reference log-probs of a DPO run (dpo_fast.ref_cache); safe to delete"
+            about = f"{self.path.name}: reference log-probs of a DPO run (dpo_fast.training.ref_cache); safe to delete"
             temporary = sidecar.with_suffix(".json.tmp")
             temporary.write_text(json.dumps({"about": about, **self.header}, indent=2) + "\n")
             temporary.replace(sidecar)
