@@ -1,6 +1,6 @@
 """`RunLife`: everything about a run beside its steps: checkpoints and resume, signals, saving, steps that are not finite.
 
-It is the base class of `DPOTrainer` (trainer.py), which knows batches and losses.
+`BatchLoss` (batch_loss.py) and `DPOTrainer` (trainer.py) build on it; they know batches and losses.
 """
 
 import contextlib
