@@ -57,6 +57,7 @@ def row_transform(scale: float, softcap: float | None, temperature: float) -> di
 
 @triton.jit
 def transform(raw, a, cap, SOFTCAP: tl.constexpr):
+    """The transformed logits of raw words, in float32."""
     x = raw.to(tl.float32) * a
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1): exact at both infinities
@@ -227,6 +228,7 @@ def write_gradient(
 
 @triton.jit
 def write_zeros(out_ptr, out_start, V, EDGES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr):
+    """Write zeros to a row."""
     BLOCK: tl.constexpr = K * THREADS * VEC
     block = block_offsets(VEC, K, THREADS)
     dtype = out_ptr.dtype.element_ty

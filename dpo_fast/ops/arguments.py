@@ -32,6 +32,7 @@ def local(name: str, x: Tensor | None) -> Tensor | None:
 
 
 def check_transform(logit_scale: float, softcap: float | None, temperature: float, outputs=()) -> None:
+    """Raise ValueError for a transform of the logits out of range, and for unknown outputs."""
     require(
         logit_scale == logit_scale and abs(logit_scale) < float("inf"),
         lambda: f"logit_scale must be finite, got {logit_scale}",
@@ -45,6 +46,7 @@ def check_transform(logit_scale: float, softcap: float | None, temperature: floa
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless `logits` are floating-point [N, V] or [S, T, V] and `targets` fit them."""
     fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim in (2, 3)
     require(fits, lambda: f"logits must be floating-point [N, V] or [S, T, V], got {shown(logits)}")
     require(logits.shape[-1] > 0, lambda: f"logits must have V >= 1 words, got {shown(logits)}")
@@ -89,12 +91,14 @@ def check_sequences(rows: Tensor, name: str, cu_seqlens: Tensor | None, pairs: b
 
 
 def check_per_sequence(name: str, x: Tensor | None, count: int, device: torch.device) -> None:
+    """Raise ValueError unless `x` is None or floating-point [count] on `device`."""
     if x is not None:
         fits = isinstance(x, Tensor) and x.is_floating_point() and x.shape == (count,) and x.device == device
         require(fits, lambda: f"{name} must be floating-point [{count}] on {device}, got {shown(x)}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless hidden [N, D] or [S, T, D], weight [V, D] and bias [V] fit each other and share a device."""
     fits = hidden.ndim in (2, 3) and weight.ndim == 2 and hidden.shape[-1] == weight.shape[1]
     require(
         fits,

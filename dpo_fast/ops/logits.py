@@ -67,6 +67,7 @@ def token_logps_backward(
     temperature: float,
     backend: str,
 ) -> Tensor:
+    """The gradient of logits, in their shape, from the log-sum-exp and the gradient of the log-probs."""
     rows, flat = flat_rows(logits, targets, ignore_index)
     out, shaped = empty_rows(logits)
     resolve(backend, logits.device, logits.dtype).logps_bwd(

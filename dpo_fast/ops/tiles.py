@@ -39,6 +39,7 @@ class OutputLayer(NamedTuple):
         return self.weight.new_empty(min(n, rows), len(self.weight))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """The logits [n, V] of hidden states [n, D] before the transform, written to `out`."""
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias.to(hidden.dtype), hidden, self.weight.t(), out=out)
