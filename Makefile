@@ -32,7 +32,7 @@ train: setup
 test: setup
 	$(BIN)/python -m pytest -n auto
 
-# Beside .venv, whose packages it uses but for the few that are older here.
+# This environment uses the packages of .venv, except for the few that are older here.
 OLDEST := .venv-oldest
 OLDEST_TESTS := test_model test_dropout test_rope_regimes test_head_adapters test_load test_attention test_protocol \
 	test_trainer test_cli test_options

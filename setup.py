@@ -1,9 +1,9 @@
 """Builds the extension of csrc/; everything else about the package is in pyproject.toml.
 
-    pip install --no-build-isolation .        # torch must be there: an isolated build has none
+    pip install --no-build-isolation .        # torch must be installed; an isolated build would not see it
 
-Without torch or a C++ compiler the package installs without the extension. It says so here, which pip shows with -v,
-and in `python -m dpo_fast.info`. With a torch for CUDA and its nvcc the CUDA kernels are built too.
+Without torch or a C++ compiler the package installs without the extension. A message here, which pip shows with -v, and
+`python -m dpo_fast.info` say so. With a torch for CUDA and its nvcc the CUDA kernels are built too.
 """
 
 import platform
@@ -13,9 +13,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CSRC = Path("csrc")
-# No a * b - c in one rounding unless it is asked for: the largest z minus itself is 0.
+# No a * b - c is rounded once unless the code asks for it, so that the largest z minus itself is 0.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
-# Compiled for processors that not every machine has; csrc/cpu/ops_cpu.cpp chooses when it runs.
+# These files are compiled for instruction sets that not every machine has; csrc/cpu/ops_cpu.cpp chooses when it runs.
 VECTORS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
@@ -37,7 +37,7 @@ def build() -> dict:
         warn("built for the processor only", "there is no CUDA toolkit (nvcc, CUDA_HOME): Triton runs on the GPU")
 
     def extension(cuda: bool, threads: bool):
-        """As `cpp_extension` makes it; `threads`: with OpenMP, by which at::parallel_for runs in this extension at all."""
+        """The extension of `cpp_extension`. `threads` adds OpenMP, without which at::parallel_for runs on one thread here."""
         openmp = ["-fopenmp"] if threads else []
         flags = {"cxx": [*FLAGS, *openmp]}
         sources = [CSRC / "ops.cpp", *(path for path in sorted(CSRC.glob("cpu/*.cpp")) if path not in vectors)]
@@ -51,7 +51,7 @@ def build() -> dict:
         def build_extensions(self):
             (ext,) = self.extensions
             cuda = torch.version.cuda is not None and nvcc
-            # What fails with CUDA or OpenMP may still be built without; `python -m dpo_fast.info` says what is missing.
+            # A build that fails with CUDA or OpenMP may succeed without; `python -m dpo_fast.info` says what is missing.
             for options in dict.fromkeys([(cuda, True), (False, True), (False, False)]):
                 vars(ext).update(vars(extension(*options)))
                 try:

@@ -1,9 +1,9 @@
 """Losses and gradients of all back ends at the full reference shape, against float64 and against each other.
 
-The tests compare small batches; only here do several tiles, several groups of pairs and 64-bit offsets meet a GPU. Of
-the gradients a sample of rows is compared. The truth is written out below in float64, in blocks: it shares no function
-with the package. An error may be at most twice the largest of plain torch in the same type, plus a little: the loss is
-one number, and plain torch may hit it by luck.
+The tests compare small batches; only here does a GPU see several tiles, several groups of pairs and 64-bit offsets. A
+sample of rows of the gradients is compared. The truth is written out below in float64, in blocks, and shares no function
+with the package. An error may be at most twice the largest error of plain torch in the same type plus a constant, since
+the loss is one number that plain torch may hit by luck.
 """
 
 import torch
@@ -22,14 +22,14 @@ class Truth:
     """Loss [], log-probs [2B], coefficients [N] of the rows, and gradients of a sample, in float64."""
 
     def __init__(self, rows, weight, targets, segments, count: int, seed: int = 0):
-        """rows: logits [N, V], or hidden states [N, D] with `weight` [V, D]; segments [N]: the sequence of a row."""
+        """`rows` are logits [N, V], or hidden states [N, D] with `weight` [V, D]; `segments` [N] are the rows' sequences."""
         self.rows, self.wide = rows, None if weight is None else weight.double()
         scored = targets != -100
         safe = targets.masked_fill(~scored, 0)
         token = torch.cat([self._log_probs(a).gather(1, safe[a : a + BLOCK, None])[:, 0] for a in self._blocks()])
         logps = token.new_zeros(count).index_add(0, segments, token.where(scored, 0))
         rng = torch.Generator().manual_seed(seed)
-        # So near that no sigmoid is 0 or 1, which would hide an error of a coefficient.
+        # The reference is near, so that no sigmoid is 0 or 1, which would hide an error of a coefficient.
         self.ref_logps = logps.float() + 5 * torch.randn(count, generator=rng).to(rows.device)
         logps.requires_grad_()
         self.loss = plain_loss(logps - self.ref_logps)
@@ -49,12 +49,12 @@ class Truth:
         return range(0, len(self.rows), BLOCK)
 
     def _log_probs(self, at):
-        """Of the block from row `at`, or of rows `at`; [n, V]."""
+        """Log-probs [n, V] of the block from row `at`, or of the rows `at`."""
         x = self.rows[at : at + BLOCK] if isinstance(at, int) else self.rows[at]
         return (x.double() if self.wide is None else x.double() @ self.wide.T).log_softmax(-1)
 
     def _of_weight(self, safe):
-        """Rows `words` of the gradient of the weight, [words, D]."""
+        """The rows `words` of the gradient of the weight, [words, D]."""
         total = 0
         for a in self._blocks():
             here = slice(a, a + BLOCK)
@@ -63,7 +63,7 @@ class Truth:
         return total
 
     def errors(self, found: dict) -> dict[str, float]:
-        """Largest difference of each tensor, relative to the largest entry of the exact one; NaN counts as infinite."""
+        """The largest difference of each tensor, relative to the largest entry of the exact one; NaN counts as infinite."""
         exact = {
             "loss": self.loss, "logps": self.logps, "logits": self.of_logits, "hidden": self.of_hidden, "weight": self.of_weight,
         }  # fmt: skip
@@ -75,7 +75,7 @@ class Truth:
 
 
 def agreement(results: Results, dtype: torch.dtype, n: int, d: int, v: int, t: int) -> None:
-    """Rows "agrees" for logits [n, v], then for hidden states [n, d] with a frozen and a trained head."""
+    """Add rows for logits [n, v], then for hidden states [n, d] with a frozen and a trained head."""
     for op in (
         "dpo_loss + gradient",
         "linear_dpo_loss + gradient, frozen head",
@@ -107,7 +107,7 @@ def _compare(results: Results, op: str, batch: Batch, dtype, head: dict) -> None
         results.now(head["op"], "")
         plain = truth.errors(_sampled(_plain(op, truth.ref_logps), batch.cast(dtype, names), names, truth))
         results.add(**head, system="plain torch", errors=plain)
-    first: dict[str, dict] = {}  # of each variant, what the first back end found
+    first: dict[str, dict] = {}  # variant -> the results of the first back end
     for backend in BACKENDS:
         system = f"dpo_fast {backend}"
         try:
@@ -138,7 +138,7 @@ def _compare(results: Results, op: str, batch: Batch, dtype, head: dict) -> None
 
 
 def _sampled(function, batch: Batch, names: tuple[str, ...], truth: Truth) -> dict:
-    """Loss, log-probs [2B] where it gives them, and the sampled gradients of the tensors `names`."""
+    """Loss, log-probs [2B] where `function` returns them, and the sampled gradients of the tensors `names`."""
     loss, logps = function(batch)
     gradients = torch.autograd.grad(loss, [getattr(batch, name) for name in names])
     found = {"loss": loss.detach()}
@@ -167,7 +167,7 @@ def _plain(op: str, ref_logps):
 
 
 def _both(output) -> tuple:
-    """Loss, and log-probs [2B]."""
+    """The loss and the log-probs [2B] of an output."""
     return output.loss, torch.cat([output.chosen_logps, output.rejected_logps])
 
 

@@ -1,4 +1,4 @@
-"""What the device can do at most, measured in the same process as the ops: a copy, and products at the shapes in use."""
+"""The most that the device can do, measured in the same process as the ops: a copy, and products at the shapes in use."""
 
 import functools
 import statistics
@@ -14,7 +14,7 @@ from dpo_fast.ops.tiles import workspace_rows
 
 
 def median_seconds(clock: Clock, call, turns: int = 10) -> float:
-    """After two calls to warm up."""
+    """The median time of `turns` calls, after two calls to warm up."""
     return statistics.median([clock(call).seconds for _ in range(turns + 2)][2:])
 
 
@@ -46,13 +46,13 @@ def head_products(hidden, weight, rows: int) -> dict[str, Callable[[], object]]:
 
 
 def chunk_rows(n: int, weight: torch.Tensor) -> tuple[int, int]:
-    """Rows per chunk of a frozen head, and rows that a trained one keeps, of `n`: the package's own rule."""
+    """Rows per chunk of a frozen head, and how many of `n` rows a trained head keeps, by the package's own rule."""
     tile = tile_rows(len(weight), weight.dtype, weight.device.type)
     return chunks(n, tile)[0][1], rows_within(n, workspace_rows(weight, WORKSPACE_BYTES))
 
 
 def product_rates(clock: Clock, device: str, dtype: torch.dtype, n: int, d: int, v: int) -> dict[str, float]:
-    """Operations per second of the head's products: in one piece (`n` rows) and at the rows per chunk in use."""
+    """Operations per second of the head's products, in one piece (`n` rows) and at the rows per chunk in use."""
     hidden = torch.randn(n, d, device=device, dtype=dtype)
     weight = torch.randn(v, d, device=device, dtype=dtype)
     rates = {}
@@ -67,7 +67,7 @@ def product_rates(clock: Clock, device: str, dtype: torch.dtype, n: int, d: int,
 
 
 def ceilings(clock: Clock, device: str, dtype: torch.dtype, dry: bool, scale: int = 1) -> dict:
-    """Bytes/s of a copy and operations/s of the best of two large GEMMs, both `scale` times smaller than for a GPU."""
+    """Bytes/s of a copy and operations/s of the better of two large GEMMs, both `scale` times smaller than for a GPU."""
     copied = copy_rate(clock, device, 1 << 20 if dry else (4 << 30) // scale)
     shapes = [(64, 64, 64)] if dry else [(8192, 8192, 8192 // scale), (16384 // scale, 4096, 65536 // scale)]
     rates = {f"{m} x {k} x {n}": gemm_rate(clock, device, dtype, m, k, n) for m, k, n in shapes}

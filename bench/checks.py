@@ -1,4 +1,4 @@
-"""What is run before and beside the measurements on a GPU: the build, chosen tests, all tests, compute-sanitizer."""
+"""The checks before and beside the measurements on a GPU: the build, chosen tests, all tests, compute-sanitizer."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from bench.results import Results
 
 BUILD = [sys.executable, "setup.py", "build_ext", "--inplace"]
 _BACK_ENDS = "import json; from dpo_fast.backends import available_backends as f; print('back ends', json.dumps(f()))"
-LAST_LINES = 15  # of what failed
+LAST_LINES = 15  # lines that are kept of the output of a failure
 
-# One test or two for each kernel, in one type: `{}` is a back end on the GPU.
+# One test or two for each kernel, in one type; `{}` is a back end on the GPU.
 _EACH = (
     "tests/test_ops.py::test_token_logps[{}-dtype1-all-False]",
     "tests/test_ops.py::test_token_logps_of_any_size[{}-5-1000]",
@@ -29,7 +29,7 @@ _EACH = (
     "tests/test_dpo_loss.py::test_head_precision[{}-transform0-50-needs1-dtype1]",
     "tests/test_dpo_loss.py::test_head_precision[{}-transform1-1000-needs0-dtype1]",
 )
-# Each group in a process of its own: one bad kernel takes the device of its process with it.
+# Each group runs in a process of its own, since a bad kernel takes the device of its process with it.
 GROUPS = (
     tuple(test.format("csrc on cuda") for test in _EACH),
     (
@@ -56,7 +56,7 @@ DRY = ("tests/test_packing.py::test_rows_by_hand",)
 
 
 def build(results: Results, seconds: float, command: Sequence[str] = BUILD) -> None:
-    """A row that says how long it took, which back ends there are now, and why one is not."""
+    """Build the extension; the row says how long it took, which back ends exist now, and why one does not."""
     lines, found = [], {}
     start = time.monotonic()
     why = stream(command, seconds, lines.append)
@@ -81,9 +81,9 @@ def run_tests(
     silence: float = 60,
     before: Sequence[str] = (),
 ) -> None:
-    """pytest with `arguments` under `before`: a row for each red test as it comes, then one with the counts.
+    """Run pytest with `arguments` under `before`: one row for each red test as it comes, then one with the counts.
 
-    Where the arguments are tests, one that does not exist or that hangs for `silence` seconds is a row, and the others
+    Where the arguments are tests, a test that does not exist or that hangs for `silence` seconds is a row, and the others
     are run.
     """
     command = [*before, sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *arguments]
@@ -102,13 +102,13 @@ def run_tests(
                 results.add(op=name, test=test, failed=f"{outcome.lower()}: {test}", took=took)
             else:
                 results.now(test)
-        # It comes on the other stream, maybe behind "collecting ... ".
+        # The error comes on the other stream, maybe after "collecting ... " on the same line.
         elif match := re.search(r"ERROR: not found: (\S*?)(tests/.*)", text):
             missing.append(match.group(2))
 
     why = stream(command, seconds, read, silence)
     took = time.monotonic() - start
-    for test in missing:  # pytest runs nothing then
+    for test in missing:  # pytest runs no test where one is missing
         results.add(op=name, test=test, failed=f"there is no such test: {test}")
     red = counts.get("FAILED", 0) + counts.get("ERROR", 0)
     row = {"passed": counts.get("PASSED", 0), "red": red, "skipped_tests": counts.get("SKIPPED", 0), "took": took}
@@ -128,7 +128,7 @@ def run_tests(
 def sanitize(
     results: Results, seconds: float, arguments: Sequence[str], tool: Sequence[str] = ("compute-sanitizer",)
 ) -> None:
-    """The extension's tests under memcheck, then under racecheck."""
+    """Run the extension's tests under memcheck, then under racecheck."""
     end = time.monotonic() + seconds
     for check in ("memcheck", "racecheck"):
         before = [*tool, "--tool", check, "--error-exitcode", "9"]

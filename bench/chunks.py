@@ -1,7 +1,7 @@
-"""Rows per chunk of the head: its three products, the row kernel between them, and one pass of all, at each size.
+"""Rows per chunk of the head: its three products, the row kernel between them, and a pass of all of them, at each size.
 
-A chunk of the logits is written by one product, overwritten by the row kernel with its gradient, and read by two
-products. How many rows a chunk should have is decided by these rows; the package's own choice is one of the sizes.
+One product writes a chunk of the logits, the row kernel overwrites it with the residual, and two products read that. These
+measurements decide how many rows a chunk should have; the package's own choice is one of the sizes.
 """
 
 import statistics
@@ -18,7 +18,7 @@ SIZES = (1024, 1046, 2048, 4096)
 
 
 def sweep(results: Results, dtype: torch.dtype, n: int, d: int, v: int, sizes=SIZES, repeats: int = 5) -> None:
-    """One row for each size and product or kernel, then one for a frozen and a trained head over all `n` rows."""
+    """Add one row for each size and product or kernel, then one each for a frozen and a trained head over all `n` rows."""
     device = results.device
     hidden = torch.randn(n, d, device=device, dtype=dtype)
     weight = torch.randn(v, d, device=device, dtype=dtype).mul_(2 / d**0.5)
@@ -55,7 +55,7 @@ def _products(results: Results, shape, hidden, weight, rows, repeats) -> None:
 
 
 def _row_kernel(results: Results, shape, hidden, weight, targets, rows, name, repeats) -> None:
-    """`residual_` on a tile that a product has just written, as in the head: what of it lies in the cache counts."""
+    """Time `residual_` on a tile that a product has just written, as in the head, since the cache still holds part of it."""
     system = f"dpo_fast {name}"
     if system in results.without:
         results.add(op="residual_", system=system, **shape, skipped="left out: it took the device with it before")
@@ -87,7 +87,7 @@ def _row_kernel(results: Results, shape, hidden, weight, targets, rows, name, re
 
 
 def one_pass(hidden, weight, targets, rows: int, trained: bool):
-    """The head's whole work in chunks of `rows`, without coefficients: what the package does, at a size of our choice."""
+    """The head's whole work in chunks of `rows`, without coefficients, as the package does it at its own size."""
     launch = resolve(None, hidden.device, hidden.dtype)
     n = len(hidden)
     tile = hidden.new_empty(rows, len(weight))

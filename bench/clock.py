@@ -1,8 +1,8 @@
 """Time and memory of a call on a GPU, and on a CPU by the same code with a stand-in for torch.cuda.
 
-A GPU runs behind Python: the first event of an idle GPU is recorded before Python has launched anything, and the time of
-a short call is then that of Python. So the GPU is put to sleep before the first event, for longer than Python takes to
-launch the call. What the call takes on an idle GPU is measured beside it.
+A GPU runs behind Python: an idle GPU records the first event before Python has launched anything, and the time of a short
+call would then be Python's. So the GPU is put to sleep before the first event, for longer than Python takes to launch the
+call. The time of the call on an idle GPU is measured too.
 """
 
 import time
@@ -24,7 +24,7 @@ class HostEvent:
         self.at = time.perf_counter()
 
     def query(self) -> bool:
-        return False  # as if the device still slept: no sleep is too short
+        return False  # as if the device still slept, so that no sleep is too short
 
     def elapsed_time(self, end: "HostEvent") -> float:
         return (end.at - self.at) * 1e3
@@ -55,15 +55,15 @@ class Host:
 
 
 class Timing(NamedTuple):
-    """Seconds of a call on a busy device, from an idle device (Python's launches counted), and whether that is all."""
+    """Seconds of a call on a busy device and from an idle one, where Python's launches count."""
 
     seconds: float
-    from_idle: float | None  # None: not measured
-    hidden: bool  # whether the sleep was longer than the launches; where not, `seconds` counts Python too
+    from_idle: float | None  # None where it was not measured
+    hidden: bool  # whether the sleep was longer than the launches; if not, `seconds` counts Python too
 
 
 class Clock:
-    """`clock(call)`: a Timing. `from_idle=False` leaves that measurement out (half of the time)."""
+    """`clock(call)` returns a Timing. `from_idle=False` leaves that measurement out, which is half of the work."""
 
     def __init__(self, device: str, from_idle: bool = True, cuda=None):
         self.cuda = cuda or (torch.cuda if device == "cuda" else Host())
@@ -74,7 +74,7 @@ class Clock:
         while not hidden:
             seconds, hidden = self._once(call, self.cycles)
             if not hidden and 4 * self.cycles > LONGEST_SLEEP:
-                # It waits for the device by itself, or launches for longer than that.
+                # The call waits for the device itself, or its launches take longer than the longest sleep.
                 self.cycles = SHORTEST_SLEEP
                 break
             if not hidden:
@@ -94,7 +94,7 @@ class Clock:
         return begin.elapsed_time(end) / 1e3, hidden
 
     def peak_bytes(self, call) -> int | None:
-        """Most memory during a call beyond what was taken before it."""
+        """The most memory during a call beyond what was allocated before it."""
         self.cuda.synchronize()
         self.cuda.reset_peak_memory_stats()
         before = self.cuda.memory_allocated()
@@ -105,5 +105,5 @@ class Clock:
 
 
 def differs(seconds: float, from_idle: float | None) -> bool:
-    """Whether both figures are worth giving."""
+    """Whether the two figures differ enough to report both."""
     return from_idle is not None and abs(from_idle - seconds) > 0.02 * seconds

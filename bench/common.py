@@ -1,4 +1,4 @@
-"""What every benchmark states beside its numbers, and what it says of what failed."""
+"""What every benchmark states beside its numbers, and its one line on a failure."""
 
 import contextlib
 import datetime
@@ -63,7 +63,7 @@ def reason(error: BaseException) -> str:
 
 
 def free(device: str) -> None:
-    """Gives memory back between rows; on a CPU what is not referred to is free already."""
+    """Give a GPU's memory back between rows; on a CPU, memory without references is free already."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,11 +1,11 @@
-"""The losses on a processor beside plain torch, torch.compile, the peers and the bare matrix products, in turns.
+"""The losses on a CPU beside plain torch, torch.compile, the peers and the bare matrix products, in turns.
 
     python -m bench.cpu                    # float32 and bfloat16; about ten minutes on two cores
     python -m bench.cpu --dtype bfloat16 --repeats 9
 
-As bench.gpu does it: every system is compared with float64 first and then timed one call a turn; medians. `pytest
---benchmark` has the same rows in float32 for a quick look; a shared machine wanders, and only turns take that out of a
-ratio. One file per type goes to bench/results/, a JSON line per row.
+As in bench.gpu, every system is compared with float64 first and then timed by one call per turn; medians are reported.
+`pytest --benchmark` has the same rows in float32 for a quick look. The speed of a shared machine drifts, and only turns
+take that out of a ratio. One file per type goes to bench/results/, with a JSON line per row.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from bench.measure import Bench, table
 from bench.results import Results
 from bench.systems import SYSTEMS
 
-# 512 rows: of the logits-in op half are scored, of the hidden-in ops all. (op, D, V)
+# (op, D, V). Of the 512 rows half are scored in the logits-in op, and all in the hidden-in ops.
 SHAPES = [
     ("dpo_loss + gradient", 0, 32000),
     ("dpo_loss + gradient", 0, 151936),

@@ -1,9 +1,9 @@
-"""N completions per prompt: one prefill whose cache is repeated, beside transformers' `num_return_sequences`.
+"""Time of N completions per prompt: one prefill whose cache is repeated, beside transformers' `num_return_sequences`.
 
     python -m bench.generate --model FOLDER --prompts FILE [--num_generations 8] [--prompt_tokens 256]
 
-Both sample at temperature 1 from the whole vocabulary and never end early (the end-of-sequence id is out of reach), so both
-compute the same number of tokens. The two take turns; medians.
+Both sample at temperature 1 from the whole vocabulary and never end early (no id ends a sequence), so both compute the
+same number of tokens. The two take turns, and medians are reported.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Everything that is to be measured on one GPU, in stages that each fit a call of ten minutes.
+"""All measurements on one GPU, in stages that each fit a call of ten minutes.
 
     python -m bench.gpu --stage smoke      # chosen tests, ceilings, row kernels, rows per chunk of the head
     python -m bench.gpu --stage head       # agreement of back ends at full size, hidden-in ops, whole steps, then peers
@@ -6,10 +6,10 @@
     python -m bench.gpu                    # all of them in that order
     python -m bench.gpu --dry-run          # the same path at toy sizes on a CPU
 
-The extension is built first, and the clock of `--minutes` starts after that. A stage is made of parts (parts.py), each a
-process of its own with a limit: one that dies or hangs is a row, what it had measured is kept, and it is started again
-without the system that was running. Rows are appended to one file in `--out`, a JSON line each, as soon as they are
-measured; README.md in this folder says how to read it. Nothing of what is measured stops anything else.
+The extension is built first, and the clock of `--minutes` starts after that. A stage consists of parts (parts.py), each a
+process of its own with a time limit. A part that dies or hangs is a row; its measurements so far are kept, and it is
+started again without the system that was running. Rows are appended to one file in `--out`, as one JSON line each, as
+soon as they are measured; README.md in this folder says how to read them. No failed measurement stops another.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from bench.processes import stream
 from bench.results import DeviceLostError, Results, read
 
 CHILD = [sys.executable, "-u", "-m", "bench.gpu"]
-RESTARTS = 2  # of one part, each without one more system
-LOST = 3  # exit status of a part whose device answers nothing any more
+RESTARTS = 2  # restarts of one part, each without one more system
+LOST = 3  # exit status of a part whose device no longer answers
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -77,10 +77,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_part(args: argparse.Namespace, device: str, path: Path) -> int:
-    """One part in this process."""
+    """Run one part in this process."""
     part = PARTS[args.part]
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of renamed options: hundreds of lines
-    # Its rows must be written before it is ended.
+    warnings.filterwarnings("ignore", category=FutureWarning)  # hundreds of lines on renamed options
+    # The part gets less time than its limit, since its rows must be written before it is killed.
     seconds = 0.9 * args.seconds
     results = Results(path, device, seconds, args.without, stage=part.stage, part=args.part)
     try:
@@ -93,7 +93,7 @@ def run_part(args: argparse.Namespace, device: str, path: Path) -> int:
 
 
 def run_stage(results: Results, stage: str, seconds: float, dry: bool) -> bool:
-    """Its parts one after the other, each in what is left of the time; whether all ended well."""
+    """Run a stage's parts one after the other in the time that is left; returns whether all ended well."""
     end, well = time.monotonic() + seconds, True
     for name in names(stage):
         without: list[str] = []
@@ -115,7 +115,7 @@ def run_stage(results: Results, stage: str, seconds: float, dry: bool) -> bool:
 
 
 def call_part(path: Path, name: str, seconds: float, without: list[str], dry: bool) -> tuple[str | None, str]:
-    """What went wrong in a process of its own (None: nothing), and the system that it ran last."""
+    """Run one part in a process of its own; returns what went wrong (None: nothing) and the system that it ran last."""
     command = [*CHILD, "--part", name, "--file", str(path), "--seconds", f"{seconds:.0f}"]
     command += ["--dry-run"] * dry
     command += ["--without", *without] if without else []
@@ -134,7 +134,7 @@ def call_part(path: Path, name: str, seconds: float, without: list[str], dry: bo
 
 
 def summary(rows: list[dict]) -> str:
-    """The end of the output, which is what a short reply keeps: each op's and step's time, and what failed."""
+    """The end of the output, which a truncated log keeps: each op's and step's time, and what failed."""
     lines = ["", "times:"]
     for row in rows:
         if "seconds" in row:

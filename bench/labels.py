@@ -1,13 +1,13 @@
-"""What labels are worth: which pairs to label, and what to make of annotators who differ. On real pairs, on a CPU.
+"""The value of labels, on real pairs and a CPU: which pairs to label, and how to use annotators who differ.
 
 `python -m bench.labels DATA_FOLDER` reads `politeness` and `pandalm` there (prompt, chosen, rejected), hides the labels and
 
 1. reveals them in steps, for random pairs and for those with the smallest implicit margin under the current policy,
-2. lets six simulated annotators (three right in 85 % of the cases, two in 65 %, one in 20 %) label every training pair
-   three times and compares what can be made of their votes.
+2. lets six simulated annotators (three right in 85 % of the cases, two in 65 %, one in 20 %) give every training pair
+   three labels, and compares ways to use their votes.
 
-The model is a Llama of two layers over a vocabulary of 1,024 made from the texts, trained on all texts without their
-labels first; it is the reference. What is measured is held-out reward accuracy. Rows go to bench/results/labels.json.
+The model is a Llama of two layers over a vocabulary of 1,024 made from the texts. It is first trained on all texts without
+their labels and is then the reference. The measure is held-out reward accuracy. Rows go to bench/results/labels.json.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from dpo_fast.loop.store import Label
 
 SETS = ("politeness", "pandalm")
 HELD_OUT = 0.35
-MOST = 320  # pairs to label, so that five seeds take minutes
+MOST = 320  # pairs to label at most, so that five seeds take minutes
 MAX_LENGTH = 96
 STEPS = (25, 50, 100, 200)
 BETA, EPOCHS, BATCH, RATE = 0.3, 4, 32, 2e-3
@@ -41,7 +41,7 @@ VOTES = 3
 
 
 def load(folder: Path, name: str) -> tuple[list[dict], list[dict], PreTrainedTokenizerFast]:
-    """Tokenised pairs to label and held out, by prompt, and the tokenizer made from the former's texts."""
+    """Tokenised pairs to label, pairs that are held out (split by prompt), and a tokenizer made from the former's texts."""
     pairs = load_pairs([str(folder / name / f"{split}.jsonl") for split in ("train", "test")], log=lambda _: None)
     for row in pairs.rows:
         row["prompt"] = completion_text(row["prompt"]) + "\n"
@@ -81,7 +81,7 @@ def base_model(examples: Sequence[dict], vocabulary: int, seed: int) -> LlamaFor
 
 
 def fit(model, examples: Sequence[dict], loss, *, epochs: int, rate: float, seed: int) -> None:
-    """Adam over shuffled batches of `examples` with a learning rate that falls to nothing."""
+    """Train by Adam on shuffled batches of `examples`, with a learning rate that falls to zero."""
     rng = random.Random(seed)
     batches = -(-len(examples) // BATCH) * epochs
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.98))
@@ -99,14 +99,14 @@ def fit(model, examples: Sequence[dict], loss, *, epochs: int, rate: float, seed
 
 
 def train_policy(base, examples: Sequence[dict], seed: int) -> LlamaForCausalLM:
-    """DPO from `base`; `p` is the probability that chosen is better (a soft label), `w` the weight of the pair."""
+    """Train by DPO from `base`; `p` is the probability that chosen is better (a soft label), `w` the weight of the pair."""
     policy = copy.deepcopy(base)
 
     def loss(group):
         logps, _ = sequence_sums(policy, group)
         ref = torch.tensor([e["ref"] for e in group]).T
         p, w = (torch.tensor([e[key] for e in group]) for key in ("p", "w"))
-        # Conservative DPO with a label smoothing of 1 - p, pair by pair: the loss of both orders, weighted.
+        # This is conservative DPO with a label smoothing of 1 - p per pair: the weighted losses of both orders.
         right, wrong = (preference_loss(*logps[order], *ref[order], beta=BETA).losses for order in ([0, 1], [1, 0]))
         return (w * (p * right + (1 - p) * wrong)).mean()
 
@@ -115,20 +115,20 @@ def train_policy(base, examples: Sequence[dict], seed: int) -> LlamaForCausalLM:
 
 
 def margins(policy, examples: Sequence[dict]) -> torch.Tensor:
-    """[B] implicit reward margins without beta."""
+    """Implicit reward margins [B] without beta."""
     ref = torch.tensor([e["ref"] for e in examples])
     return (pair_logps(policy, examples) - ref) @ torch.tensor([1.0, -1.0])
 
 
 @torch.no_grad()
 def pair_logps(model, examples: Sequence[dict]) -> torch.Tensor:
-    """[B, 2] log-probs of chosen and rejected."""
+    """Log-probs [B, 2] of chosen and rejected."""
     groups = (examples[start : start + 4 * BATCH] for start in range(0, len(examples), 4 * BATCH))
     return torch.cat([sequence_sums(model, group)[0].T for group in groups])
 
 
 def sequence_sums(model, group: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[2, B] log-probs of chosen and rejected, and how many tokens each sums. Padded: for 0.2M weights the least work."""
+    """Log-probs [2, B] of chosen and rejected, and their numbers of tokens. Padding is the least work for 0.2M weights."""
     rows = [(e["prompt_ids"], e[f"{side}_ids"]) for side in ("chosen", "rejected") for e in group]
     longest = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -146,7 +146,7 @@ def accuracy(policy, held_out: Sequence[dict]) -> float:
 
 
 def selection(base, pool: list[dict], held_out: list[dict], how: str, seed: int) -> list[tuple[int, float]]:
-    """(labels, held-out accuracy) after each step of revealing labels; the pool's `p` and `w` are 1."""
+    """(labels, held-out accuracy) after each step that reveals labels; `p` and `w` of these are 1."""
     rng = random.Random(seed)
     labelled = [e | {"p": 1.0, "w": 1.0} for e in rng.sample(pool, STEPS[0])]
     found, policy = [], base
@@ -170,7 +170,7 @@ def selection(base, pool: list[dict], held_out: list[dict], how: str, seed: int)
 
 
 def simulate(pool: list[dict], seed: int) -> list[Label]:
-    """Three votes on every pair, of which `a` is the truly chosen one."""
+    """Three votes on every pair, of which `a` is the completion that is truly chosen."""
     rng, labels = random.Random(seed), []
     for e in pool:
         for name in rng.sample(list(ANNOTATORS), VOTES):

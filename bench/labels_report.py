@@ -1,4 +1,4 @@
-"""Tables and picture of docs/labels.md from bench/results/labels.json: `python -m bench.labels_report`."""
+"""`python -m bench.labels_report` makes tables and picture of docs/labels.md from bench/results/labels.json."""
 
 import json
 from collections import defaultdict

@@ -1,10 +1,10 @@
-"""How long real pairs are: histograms small enough to ship, since the data itself does not travel, and pairs drawn from them.
+"""Lengths of real pairs as histograms, which are small enough to ship where the data is not, and pairs drawn from them.
 
     python -m bench.lengths TOKENIZER ../shared/data        # counts again, writes bench/lengths.json
 
-A cell of a histogram is all pairs whose prompt, chosen and rejected lengths lie between the same powers of two: how many
-they are, and their mean lengths, with the beginning that both completions share. A drawn pair has the means of its cell
-and random ids: only lengths and what is shared decide the time of a step.
+A cell of a histogram stands for all pairs whose prompt, chosen and rejected lengths lie between the same powers of two. It
+holds their number, their mean lengths, and the mean length of the beginning that both completions share. A drawn pair has
+the means of its cell and random ids: only lengths and what is shared decide the time of a step.
 """
 
 import argparse
@@ -13,21 +13,20 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+from dpo_fast.forest.packing import common_prefix_length
+
 FILE = Path(__file__).parent / "lengths.json"
 COLUMNS = ("pairs", "prompt", "chosen", "rejected", "shared")
 
 
 def lengths(pair: dict) -> tuple[int, int, int, int]:
-    """Tokens of prompt, chosen and rejected, and of the beginning that both completions share."""
+    """The numbers of tokens of prompt, chosen and rejected, and of the beginning that both completions share."""
     chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    return len(pair["prompt_ids"]), len(chosen), len(rejected), shared
+    return len(pair["prompt_ids"]), len(chosen), len(rejected), common_prefix_length(chosen, rejected)
 
 
 def histogram(pairs: list[dict]) -> list[list[int]]:
-    """Cells in the order of COLUMNS, the fullest first."""
+    """The cells, the fullest first, with the entries of COLUMNS."""
     cells = defaultdict(list)
     for pair in pairs:
         found = lengths(pair)
@@ -39,7 +38,7 @@ def histogram(pairs: list[dict]) -> list[list[int]]:
 
 
 def draw(name: str, vocabulary: int, rng: random.Random, divisor: int = 1):
-    """Pairs without end, as long as those of the data set `name` (all lengths divided by `divisor`); ids are random."""
+    """Yield pairs of random ids without end, as long as those of the data set `name` (lengths are divided by `divisor`)."""
     cells = json.loads(FILE.read_text())["histograms"][name]
 
     def ids(n: int) -> list[int]:
@@ -49,7 +48,7 @@ def draw(name: str, vocabulary: int, rng: random.Random, divisor: int = 1):
         (cell,) = rng.choices(cells, [cell[0] for cell in cells])
         prompt, chosen, rejected, shared = (n // divisor for n in cell[1:])
         start = ids(shared)
-        # At least one token of each side is its own.
+        # At least one token of each side is not shared.
         sides = {
             f"{side}_ids": start + ids(max(n - shared, 1)) for side, n in (("chosen", chosen), ("rejected", rejected))
         }

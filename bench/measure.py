@@ -1,8 +1,8 @@
-"""Ops of any system: right first, then timed in turns, one row per (op, shape, system).
+"""Ops of any system are first checked and then timed in turns, with one row per (op, shape, system).
 
-`bytes` and `flops` of a row are what the op cannot avoid, the same for all systems; the floor is that over the ceiling
-of the same process. Half of the rows are prompt: logits-in ops get them as ignored rows, hidden-in ops get N live rows
-and only Liger, which needs the padded batch, the other N too.
+`bytes` and `flops` of a row are the work that the op cannot avoid, the same for all systems; the floor is that work over
+the ceiling of the same process. Half of the rows are prompt. Logits-in ops get them as ignored rows; hidden-in ops get
+only the N rows that predict a scored token, except Liger, which needs the padded batch and gets the other N too.
 """
 
 import statistics
@@ -23,7 +23,7 @@ PEERS = tuple(name for name, system in SYSTEMS.items() if not system.ours)
 
 
 def work(op: str, n: int, d: int, v: int, scored: int, itemsize: int) -> dict:
-    """The fewest bytes or operations of `op`, with the count in words. n: rows of the logits, or live rows."""
+    """The fewest bytes or operations of `op`, with the count in words. `n` is the number of rows of logits or hidden states."""
     spec = OPS[op]
     if spec.gemms:
         return {"flops": 2 * spec.gemms * n * d * v, "count": f"{spec.gemms} GEMMs x 2 x {n} x {d} x {v}"}
@@ -35,20 +35,20 @@ def work(op: str, n: int, d: int, v: int, scored: int, itemsize: int) -> dict:
 
 
 class Bench:
-    """Checks and measures ops until the results' deadline. `top`: the ceilings, see ceilings.py."""
+    """Checks and measures ops until the results' deadline. `top` are the ceilings (ceilings.py)."""
 
     def __init__(self, results: Results, dtype: torch.dtype, repeats: int, top: dict, rows_per_sequence: int = T):
         self.results, self.dtype, self.repeats, self.top = results, dtype, repeats, top
         self.device, self.clock = results.device, results.clock
         self.rows_per_sequence = rows_per_sequence
-        # Errors, or {"skipped": why it is missing}, or {"failed": why it is wrong}.
+        # (op, system) -> errors, or {"skipped": why it is missing}, or {"failed": why it is wrong}.
         self.known: dict[tuple[str, str], list[float] | dict[str, str]] = {}
 
     def systems(self, op: str, among: Sequence[str]) -> list[str]:
         return [name for name in among if offers(name, op) and name not in self.results.without]
 
     def check(self, op: str, among: Sequence[str]) -> None:
-        """Compares systems with float64 on a small batch; what it finds is kept for `measure`."""
+        """Compare systems with float64 on a small batch, and keep the results for `measure`."""
         asked = [name for name in self.systems(op, among) if (op, name) not in self.known]
         if not asked:
             return
@@ -61,13 +61,13 @@ class Bench:
                 continue
             try:
                 self.known[op, system] = check(system, functions[OPS[op].function])
-            except Exception as error:  # what is wrong is not measured; the row says so
+            except Exception as error:  # a system that is wrong is not measured, and its row says so
                 self.known[op, system] = {"failed": reason(error)}
                 self.results.still_there()
 
     @property
     def wrong(self) -> list[str]:
-        """What of ours failed its check."""
+        """Our own systems that failed their check, with the reason."""
         return [
             f"{op}, {system}: {found['failed']}"
             for (op, system), found in self.known.items()
@@ -77,7 +77,7 @@ class Bench:
     def measure(
         self, op: str, n: int, d: int, v: int, live: float, among: Sequence[str] = tuple(SYSTEMS), t: int | None = None
     ) -> None:
-        """One row for each system among `among` that has the op; all of them take turns. `t`: rows per sequence."""
+        """Add one row for each system in `among` that has the op; all of them take turns. `t` is the rows per sequence."""
         head = {"op": op, "shape": f"{n} x {d} x {v}" if OPS[op].gemms else f"{n} x {v}"}
         head |= {"N": n, "D": d if OPS[op].gemms else None, "V": v, "scored": live}
         if self.results.out_of_time:
@@ -91,7 +91,7 @@ class Bench:
             torch._dynamo.reset()
 
     def _measure(self, op, n, d, v, live, among, t, head) -> None:
-        pairs = n // (2 * t) if not OPS[op].gemms else n // t  # hidden in: n live rows of 2n
+        pairs = n // (2 * t) if not OPS[op].gemms else n // t  # hidden-in ops: n scored rows of 2n
         batch = make_batch(OPS[op], pairs, t, d, v, self.dtype, self.device, live=live, seed=time.time_ns() % 2**31)
         need = work(op, n, d, v, batch.scored, self.dtype.itemsize)
         calls, memory, timings = {}, {}, {}
@@ -126,7 +126,7 @@ class Bench:
                              relative_errors_small=self.known[op, system], note=SYSTEMS[system].note)  # fmt: skip
 
     def caller(self, system, op, batch):
-        """() -> (what must live, the call to time); logits that a call overwrites are copied outside of it."""
+        """A function () -> (what must stay alive, the call to time); logits that a call overwrites are copied outside it."""
         function, names = load(system, self.device)[OPS[op].function], inputs_of(system, op)
         inputs = batch.cast(self.dtype, names)
         if SYSTEMS[system].destroys:
@@ -141,7 +141,7 @@ class Bench:
         return call
 
     def row(self, need: dict, timings: list) -> dict:
-        """Medians; the figure from an idle device where it differs."""
+        """The figures of one row: medians, and the figure from an idle device where it differs."""
         median = statistics.median(timing.seconds for timing in timings)
         kind = "bytes" if "bytes" in need else "flops"
         floor = need[kind] / self.top[f"{kind}_per_second"]

@@ -1,4 +1,4 @@
-"""The parts of bench.gpu's stages: what is measured, in which order, at which sizes. A part runs in a process of its own."""
+"""The parts of bench.gpu's stages: what they measure, in which order, at which sizes. A part is a process of its own."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from bench.systems import OPS
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes. A logits shape is (N, V, rows per sequence, shares of scored rows), a hidden one (N, D, V)."""
+    """The sizes. A logits shape is (N, V, rows per sequence, shares of scored rows), a hidden one (N, D, V)."""
 
     dry: bool
     dtype: torch.dtype
@@ -30,7 +30,8 @@ class Plan:
     agreement: tuple[int, int, int, int]  # N, D, V, rows per sequence
 
 
-# In order of value: the reference shape, the models of the whole steps, and the smallest batch of the two-launch question.
+# Shapes are in order of value: the reference shape, the models of the whole steps, and for logits a batch so small that two
+# launches may cost more than one.
 FULL = Plan(
     dry=False,
     dtype=torch.bfloat16,
@@ -79,7 +80,7 @@ def _logits_in(bench: Bench, plan: Plan, among) -> None:
 
 
 def _hidden_in(bench: Bench, plan: Plan, among) -> None:
-    # What is trained first: the loss with its gradients, before the log-probs alone.
+    # Training's work comes first: the loss with its gradients, before the log-probs alone.
     for n, d, v in plan.hidden:
         for op in sorted((op for op in OPS if OPS[op].gemms), key=lambda op: -OPS[op].gemms):
             bench.measure(op, n, d, v, 0.5, among)
@@ -146,9 +147,9 @@ def _sanitizer(results: Results, plan: Plan, seconds: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """`run(results, plan, seconds)`, ended after `seconds`, or when it has said nothing for `silence` seconds.
+    """`run(results, plan, seconds)`, which is ended after `seconds` or when it has printed nothing for `silence` seconds.
 
-    What it starts must end before it does: run_tests has a shorter silence.
+    The processes that it starts must end before it does, so run_tests gets a shorter silence.
     """
 
     stage: str
@@ -157,7 +158,7 @@ class Part:
     silence: float = 90
 
 
-# In the order in which they run.
+# The parts in the order in which they run.
 PARTS = {
     "smoke-tests": Part("smoke", _smoke_tests, 150, silence=150),
     "ceilings": Part("smoke", _ceilings, 60),

@@ -1,4 +1,4 @@
-"""Commands with a time limit, watched line by line, so that what they said before the end is kept."""
+"""Commands with a time limit, read line by line, so that their output before the end is kept."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from bench.common import ROOT
 
 
 class Watch:
-    """Kills a process group at its limit, or when, after its first line, it says nothing for `silence` seconds."""
+    """Kills a process group at its limit, or when it prints nothing for `silence` seconds after its first line."""
 
     def __init__(self, process: subprocess.Popen, seconds: float, silence: float | None):
         self.process, self.silence, self.why = process, silence, None
-        self.end, self.heard = time.monotonic() + seconds, float("inf")  # until its first line it imports
+        self.end, self.heard = time.monotonic() + seconds, float("inf")  # before its first line it imports
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, args=(seconds,), daemon=True)
         self.thread.start()
@@ -34,7 +34,7 @@ class Watch:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """The process and its children."""
+    """Kill the process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -42,12 +42,12 @@ def kill(process: subprocess.Popen) -> None:
 def stream(
     command: Sequence[str], seconds: float, on_line: Callable[[str], None], silence: float | None = None
 ) -> str | None:
-    """Runs `command` in the checkout, each line of its output to `on_line`; what went wrong, None where nothing did.
+    """Run `command` in the checkout and pass each line of its output to `on_line`; returns what went wrong, or None.
 
-    Killed after `seconds`, or after `silence` seconds without another line.
+    The command is killed after `seconds`, or after `silence` seconds without another line.
     """
     try:
-        # A group of its own, in this session: whoever ends the session ends it too.
+        # The command gets a process group of its own in this session, so that the session's end is its end too.
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             process_group=0,

@@ -1,4 +1,4 @@
-"""What a step is made of: launches, the dearest kernels, and the places where Python waits for the device."""
+"""The contents of a step: launches, the most expensive kernels, and the places where Python waits for the device."""
 
 import collections
 import warnings
@@ -11,9 +11,9 @@ DEAREST = 15
 
 
 def kernels(call, device: str) -> dict:
-    """`launches`, `kernel_seconds` (all together) and the dearest kernels (name, calls, seconds) of one call.
+    """`launches`, `kernel_seconds` (of all kernels) and the most expensive kernels (name, calls, seconds) of one call.
 
-    On a CPU, which has no kernels, the same of its operators.
+    A CPU has no kernels, so its operators are counted instead.
     """
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -41,7 +41,7 @@ def kernels(call, device: str) -> dict:
 def waits(call, cuda) -> dict:
     """How often Python waits for the device in one call, and where (file:line), by torch's own warnings.
 
-    `cuda`: torch.cuda, or its stand-in.
+    `cuda` is torch.cuda or its stand-in.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,6 +1,7 @@
-"""How many programs (blocks) of a kernel run on one multiprocessor: the kernels that have a choice, at each.
+"""Programs (blocks) per multiprocessor: the kernels that have a choice are timed at each.
 
-More programs keep more rows in flight; fewer leave more of a row's second read in the cache. Which wins is to be measured.
+More programs keep more rows in flight; with fewer, more of a row's second read comes from the cache. This measures which is
+faster.
 """
 
 import functools
@@ -20,7 +21,7 @@ CHOICES = {"dpo_fused": (3, 1), "residual_": (2, 1)}
 
 
 def sweep(results: Results, dtype: torch.dtype, n: int, v: int, t: int, top: dict, repeats: int) -> None:
-    """One row for each kernel, back end and choice on logits [n, v] in sequences of t rows, all of them scored."""
+    """Add one row for each kernel, back end and choice, on logits [n, v] in sequences of t rows that are all scored."""
     for kernel in CHOICES:
         head = {"op": kernel, "shape": f"{n} x {v}"}
         if results.out_of_time:

@@ -1,6 +1,6 @@
-"""Rows of measurements, each printed and appended to a file as one JSON line as soon as it is there.
+"""Rows of measurements, each printed and appended to a file as one JSON line as soon as it exists.
 
-A run that is killed in the middle keeps every row before. What failed is a row too.
+A run that is killed in the middle keeps every row before that. A failure is a row too.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from bench.common import free, reason
 
 
 class DeviceLostError(Exception):
-    """The device answers nothing any more: no later row of this process can be measured."""
+    """The device no longer answers, so this process can measure no further row."""
 
 
 class Results:
-    """The rows of one part: `part` and `stage` are in every row. `without`: systems that must not be run again."""
+    """The rows of one part. `common` (part and stage) is in every row; `without` names systems that must not run again."""
 
     def __init__(self, path: Path, device: str, seconds: float, without: Sequence[str] = (), **common):
         self.path, self.device, self.without, self.common = path, device, tuple(without), common
@@ -30,7 +30,7 @@ class Results:
         row = {**self.common, **row}
         self.rows.append(row)
         with self.path.open("ab+") as file:
-            # Whoever wrote before may have been ended in the middle of a line.
+            # The process that wrote before may have been killed in the middle of a line.
             whole = file.tell() == 0 or (file.seek(-1, 2), file.read())[1] == b"\n"
             file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
         print(line(row), flush=True)
@@ -41,25 +41,25 @@ class Results:
         return time.monotonic() > self.deadline
 
     def now(self, what: str, system: str = "") -> None:
-        """Says what runs next, so that whoever watches knows what hangs; `system` names what to leave out then."""
+        """Print what runs next, so that the watching process knows what hangs and that it can leave out `system`."""
         print(f"now| {what} |{system}", flush=True)
 
     @contextlib.contextmanager
     def attempt(self, **head):
-        """What fails inside is a row "failed" with `head`, and not the end. Raises DeviceLostError where nothing can follow."""
+        """Turn a failure inside into a row "failed" with `head`. Raises DeviceLostError where no measurement can follow."""
         try:
             yield
         except DeviceLostError:
             raise
         except Exception as error:  # a peer, a kernel or the device may fail in any way
             self.add(**head, failed=reason(error))
-            # What the traceback's frames hold is as large as what did not fit.
+            # The traceback's frames hold tensors as large as those that did not fit.
             error.__traceback__ = None
             self.still_there()
             free(self.device)
 
     def still_there(self) -> None:
-        """Raises DeviceLostError where an error has taken the device with it."""
+        """Raise DeviceLostError where an error has taken the device with it."""
         try:
             self.clock.cuda.synchronize()
         except RuntimeError as error:  # an error of a kernel stays in its context
@@ -96,7 +96,7 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
-# What `line` tells of a row.
+# The entries of a row that `line` shows, and their format.
 TOLD = {
     "seconds": _times,
     "from_idle_seconds": _times,

@@ -1,9 +1,9 @@
-"""Whole training steps at sizes that people train, on forests as full as asked, with random weights and real lengths.
+"""Whole training steps at sizes that people train, on forests of a given size, with random weights and real lengths.
 
 A step is the trainer's own: forward and backward over one forest, clipping, optimizer. Pairs are drawn from the lengths
-of real ones (lengths.py) until a forest has about as many rows as asked. Steps follow each other without a wait, as in a
-run; the time is that of several over their number. MFU is operations without recomputation over the peak of the
-vendor's data sheet, and beside it over the GEMM ceiling of the same process.
+of real pairs (lengths.py) until a forest has about as many rows as asked. Steps follow each other without waiting, as in a
+run; the time of a step is that of several steps over their number. MFU is operations without recomputation over the peak
+of the vendor's data sheet; the share of the GEMM ceiling of the same process is given beside it.
 """
 
 import copy
@@ -29,13 +29,13 @@ DATA = "oasst"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: what is trained, and how."""
+    """The model of one row of results, and how it is trained."""
 
     model: str
-    rows: int  # of a forest, about
+    rows: int  # approximate rows of a forest
     checkpointing: bool
     lora: bool
-    bf16_weights: bool  # with float32 masters; else float32 weights and bf16 compute
+    bf16_weights: bool  # bf16 weights with float32 masters; otherwise float32 weights and bf16 compute
 
     @property
     def shape(self) -> str:
@@ -50,7 +50,7 @@ class Case:
 
 
 def configs(dry: bool) -> dict:
-    """Shapes of Llama 3.2 1B and Qwen2 0.5B; for a dry run two tiny ones."""
+    """The shapes of Llama 3.2 1B and Qwen2 0.5B; for a dry run, two tiny ones."""
     from transformers import LlamaConfig, Qwen2Config
 
     common = {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -71,7 +71,7 @@ def configs(dry: bool) -> dict:
 
 
 def cases(dry: bool) -> list[Case]:
-    """All combinations, the most telling first: those that differ in fewest things from 8k rows, full, no recomputation."""
+    """All combinations; those that differ least from 8k rows of full training without recomputation come first."""
     models, rows = list(configs(dry)), ([64] if dry else [8192, 2048, 16384])
     on_off = (False, True)
     found = [Case(*case) for case in itertools.product(models, rows, on_off, on_off, (True, False))]
@@ -86,7 +86,7 @@ def cases(dry: bool) -> list[Case]:
 
 
 def groups(case: Case, vocabulary: int, count: int = BATCHES, dry: bool = False) -> list[list[dict]]:
-    """`count` groups of pairs, each a forest of at most `case.rows` rows (one pair where not even that fits)."""
+    """`count` groups of pairs, each a forest of at most `case.rows` rows (or of one pair where no pair fits)."""
     from dpo_fast.forest.packing import pair_tokens
 
     pairs = draw(DATA, vocabulary, random.Random(0), divisor=32 if dry else 1)
@@ -102,7 +102,7 @@ def groups(case: Case, vocabulary: int, count: int = BATCHES, dry: bool = False)
 
 
 def build_model(config, bf16_weights: bool, device: str):
-    """Random weights, made on the device; the model writes into its config, so each gets its own."""
+    """A model with random weights, made on the device. It gets a config of its own, since it writes into it."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -127,13 +127,13 @@ def dpo_fast_trainer(case: Case, config, device: str, folder: Path, pairs: list[
     examples = [pair for group in pairs for pair in group]
     model = build_model(config, case.bf16_weights, device)
     trainer = DPOTrainer(model, args=args, train_dataset=PairDataset(examples), peft_config=peft_config)
-    trainer._started = True  # the drawn reference is none: nothing to compare at the first step
+    trainer._started = True  # the drawn log-probs are no reference's, so the first step has nothing to compare
     trainer.batches = [trainer.data_collator(group) for group in pairs]
     return trainer
 
 
 def measure(results: Results, dry: bool, top: dict, cases: list[Case], repeats: int = 3, steps: int = 4) -> None:
-    """One row for each case; first the time of steps, then memory, waits and kernels of one more each."""
+    """Add one row for each case: first the time of steps, then memory, waits and kernels of one more step each."""
     known = configs(dry)
     for case in cases:
         head = {"model": case.model, "shape": case.shape, "system": "dpo_fast", **dataclasses.asdict(case)}
@@ -190,7 +190,7 @@ def rates(found: dict, pairs: float, tokens: float, flops: float, device: str, t
 
 
 def inside(results: Results, stepper: Stepper) -> dict:
-    """Peak memory, waits and kernels of one step each; what fails of them does not take the time with it."""
+    """Peak memory, waits and kernels of one step each; where one of them fails, the times are kept."""
     row = {}
     for name, found in (
         ("peak_bytes", lambda: {"peak_bytes": peak_bytes(results, stepper)}),
@@ -205,7 +205,7 @@ def inside(results: Results, stepper: Stepper) -> dict:
 
 
 def peak_bytes(results: Results, stepper: Stepper) -> int | None:
-    """Most memory during a step, weights and optimizer included."""
+    """The most memory during a step, weights and optimizer included."""
     cuda = results.clock.cuda
     cuda.synchronize()
     cuda.reset_peak_memory_stats()

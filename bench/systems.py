@@ -1,7 +1,7 @@
-"""What is measured: batches, ops with the work they cannot avoid, and systems: dpo_fast, plain torch and the peers.
+"""What is measured: batches, ops with the work they cannot avoid, and systems (dpo_fast, plain torch and the peers).
 
-A system is a row of SYSTEMS: a loader that returns a function an op, or raises _MissingError with what to install. An op is a
-row of OPS. `run` takes any of them through the same steps, so a benchmark is a loop over two tables.
+A system is a row of SYSTEMS: a loader that returns one function per op, or raises _MissingError with what to install. An op
+is a row of OPS. `run` takes any of them through the same steps, so a benchmark is a loop over two tables.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import dpo_fast
 from dpo_fast.backends import BACKENDS, resolve
 
 BETA = 0.1
-FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}  # STYLE.md: twice plain torch's own error plus this
+FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}  # an error may be twice plain torch's own plus this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Op:
 
     function: str
     grads: tuple[str, ...] = ()
-    reads: int = 0  # of the scored rows of the logits
-    writes: int = 0  # of all rows of the logits: ignored ones get a zero
-    gemms: int = 0  # of 2 N D V operations each
+    reads: int = 0  # reads of the scored rows of the logits
+    writes: int = 0  # writes of all rows of the logits, since ignored ones get zeros
+    gemms: int = 0  # GEMMs of 2 N D V operations each
 
 
 OPS = {
@@ -41,30 +41,30 @@ OPS = {
     "linear_dpo_loss + gradient, frozen head": Op("linear_dpo_loss", ("hidden",), gemms=2),
     "linear_dpo_loss + gradient, trained head": Op("linear_dpo_loss", ("hidden", "weight"), gemms=3),
 }
-# What torch.compile is tried on: each takes it seconds to compile at every size.
+# The ops that torch.compile is tried on; compiling one takes seconds at every size.
 COMPILED = ("token_logps", "dpo_loss + gradient", "linear_token_logps", "linear_dpo_loss + gradient, trained head")
 
 
 @dataclasses.dataclass
 class Batch:
-    """2B sequences of T rows, part of each its prompt. Hidden-in ops get the live rows, as the trainer gives them."""
+    """2B sequences of T rows, of which some are prompt. Hidden-in ops get the rows that predict a scored token, as in training."""
 
     targets: Tensor  # [2B, T], -100 in prompts
     logits: Tensor | None = None  # [2B, T, V]
     padded: Tensor | None = None  # [2B, T, D], for systems that take prompt rows through the head too
-    hidden: Tensor | None = None  # [N, D], its live rows
+    hidden: Tensor | None = None  # [N, D], the scored rows of `padded`
     weight: Tensor | None = None  # [V, D]
     live_targets: Tensor | None = None  # [N]
     cu_seqlens: Tensor | None = None  # [2B + 1], on the CPU
-    segments: Tensor | None = None  # [N], which sequence a row is of
-    upstream: Tensor | None = None  # gradient of the token log-probs
+    segments: Tensor | None = None  # [N], the sequence of each row
+    upstream: Tensor | None = None  # the gradient of the token log-probs
 
     @property
     def scored(self) -> int:
         return int((self.targets != -100).sum())
 
     def cast(self, dtype: torch.dtype, grads: tuple[str, ...] = ()) -> "Batch":
-        """The same numbers in `dtype` (shared where it is theirs), `grads` as leaves that need a gradient."""
+        """The same numbers in `dtype` (shared where they have it already), with `grads` as leaves that need a gradient."""
         changed = {}
         for field in dataclasses.fields(self):
             x = getattr(self, field.name)
@@ -74,7 +74,7 @@ class Batch:
 
 
 def make_batch(op: Op, pairs, t, d, v, dtype, device, *, live=0.5, seed=0) -> Batch:
-    """Random batch for `op`: completions of random length, `live` of all rows scored (exactly for 0.5 and 1).
+    """A random batch for `op`: completions have random lengths, and a share `live` of all rows is scored.
 
     Logits have a standard deviation of 2, so that the softmax has peaks.
     """
@@ -83,7 +83,7 @@ def make_batch(op: Op, pairs, t, d, v, dtype, device, *, live=0.5, seed=0) -> Ba
     host = torch.Generator().manual_seed(seed)
     lengths = torch.full((2 * pairs,), t)
     if live < 1:
-        # What one side of a pair has more than its share, the other has less.
+        # One side of a pair is longer by as much as the other is shorter.
         extra = torch.randint(-t // 4, t // 4 + 1, (pairs,), generator=host)
         lengths = int(live * t) + torch.cat([extra, -extra])
     targets = torch.randint(v, (2 * pairs, t), generator=host)
@@ -114,7 +114,7 @@ def plain_token_logps(logits, targets):
 
 
 def plain_loss(logps):
-    """[2B] log-probs of sequences -> sigmoid loss without a reference."""
+    """The sigmoid loss without a reference, from log-probs of sequences [2B]."""
     chosen, rejected = logps.chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
@@ -124,7 +124,7 @@ def plain_linear_token_logps(hidden, weight, targets):
 
 
 def _packed_loss(token_logps: Callable) -> Callable:
-    """A linear_dpo_loss out of a system's own token log-probs."""
+    """A linear_dpo_loss made of a system's own token log-probs."""
 
     def loss(hidden, weight, targets, segments, count):
         logps = token_logps(hidden, weight, targets)
@@ -158,7 +158,7 @@ def _head_functions(token_logps: Callable, loss: Callable | None = None) -> dict
 
 
 class _MissingError(Exception):
-    """Why a system cannot be measured here, and how to get it."""
+    """A system cannot be measured here; the message says why and how to get it."""
 
 
 def _dpo_fast(device: str, backend: str, variant: str = "") -> dict[str, Callable[[Batch], Tensor]]:
@@ -172,7 +172,7 @@ def _dpo_fast(device: str, backend: str, variant: str = "") -> dict[str, Callabl
     if variant == "inplace":
         return {"dpo_loss": lambda b: dpo_fast.dpo_loss(b.logits, b.targets, inplace=True, **loss).loss}
     if variant == "two launches":
-        # What weighs pairs is not in the one launch; a weight of 1 changes nothing.
+        # The one launch knows no pair weights, so these force two launches; a weight of 1 changes no number.
         def two_launches(b):
             weights = torch.ones(len(b.targets) // 2, device=b.targets.device)
             return dpo_fast.dpo_loss(b.logits, b.targets, pair_weights=weights, **loss).loss
@@ -211,7 +211,7 @@ def _trl(device: str) -> dict[str, Callable[[Batch], Tensor]]:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     except ImportError as error:
         raise _MissingError(f"{error}: pip install trl==1.16.0") from error
-    # Tiles of 4096 x 32768: what TRL's DPO trainer asks for.
+    # TRL's DPO trainer asks for this chunk size too.
     return _head_functions(lambda h, w, t: ChunkedLogProbFunction.apply(h, w, None, t, 1.0, 32768, None, 1.0, ())[0])
 
 
@@ -235,7 +235,7 @@ def _cut_cross_entropy(device: str) -> dict[str, Callable[[Batch], Tensor]]:
 
 
 class _BareProducts(torch.autograd.Function):
-    """The matrix products that a head cannot avoid, and nothing else: a floor, no loss."""
+    """The matrix products that a head cannot avoid, and nothing else; it is a floor and computes no loss."""
 
     @staticmethod
     def forward(ctx, hidden, weight):
@@ -265,13 +265,13 @@ def _torch_linear(device: str) -> dict[str, Callable[[Batch], Tensor]]:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A loader: device -> a function an op; `ours` are held to STYLE.md's rule, peers to be the same function at all."""
+    """A loader: device -> one function per op. `ours` must have small errors (FLOORS), peers must compute the same function."""
 
     load: Callable[[str], dict[str, Callable[[Batch], Tensor]]]
     ours: bool = False
-    hidden: str = "hidden"  # or "padded": takes prompt rows too
-    destroys: bool = False  # overwrites the logits
-    checked: bool = True  # computes the op, and not only a part of its work
+    hidden: str = "hidden"  # or "padded", which has the prompt rows too
+    destroys: bool = False  # whether it overwrites the logits
+    checked: bool = True  # whether it computes the op, and not only a part of its work
     note: str = ""
 
 
@@ -285,7 +285,7 @@ SYSTEMS = {
         )
         for name in reversed(BACKENDS)
     },
-    # Plain torch has no other.
+    # Plain torch has no single launch.
     **{
         f"dpo_fast {name}, two launches": System(
             functools.partial(_dpo_fast, backend=name, variant="two launches"), ours=True
@@ -304,7 +304,7 @@ SYSTEMS = {
 
 
 def offers(system: str, op: str) -> bool:
-    """Whether `system` has `op`, told without importing it."""
+    """Whether `system` has `op`; answered without importing the system."""
     function = OPS[op].function
     if system.endswith(("inplace", "two launches")):
         return function == "dpo_loss"
@@ -319,7 +319,7 @@ def offers(system: str, op: str) -> bool:
 
 @functools.cache
 def load(system: str, device: str) -> dict[str, Callable[[Batch], Tensor]] | str:
-    """Its functions, or why there are none."""
+    """The functions of a system, or the reason why there are none."""
     try:
         return SYSTEMS[system].load(device)
     except _MissingError as error:
@@ -327,12 +327,12 @@ def load(system: str, device: str) -> dict[str, Callable[[Batch], Tensor]] | str
 
 
 def inputs_of(system: str, op: str) -> tuple[str, ...]:
-    """Names of the tensors that `op` takes the gradient of."""
+    """The names of the tensors whose gradient is a part of `op`."""
     return tuple(SYSTEMS[system].hidden if name == "hidden" else name for name in OPS[op].grads)
 
 
 def run(function: Callable[[Batch], Tensor], batch: Batch, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """The value of `function` and the gradients of the tensors `names`, which need one."""
+    """The value of `function` and the gradients of the tensors `names`."""
     if not names:
         with torch.no_grad():
             return (function(batch),)
@@ -341,11 +341,11 @@ def run(function: Callable[[Batch], Tensor], batch: Batch, names: tuple[str, ...
     return value.detach(), *torch.autograd.grad(value, [getattr(batch, name) for name in names], upstream)
 
 
-# ---- Right first ----
+# ---- The check before the measurement ----
 
 
 def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-    """Largest difference of each tensor, relative to the largest entry of the exact one; NaN counts as infinite."""
+    """The largest difference of each tensor, relative to the largest entry of the exact one; NaN counts as infinite."""
     out = []
     for x, y in zip(results, exact, strict=True):
         worst = ((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-30)).item()
@@ -363,7 +363,7 @@ class Check:
         self.plain = errors(run(function, batch.cast(dtype, names), names), self.exact)
 
     def __call__(self, system: str, function: Callable[[Batch], Tensor]) -> list[float]:
-        """Its errors; AssertionError where they are too large. Of a system that is a part of the work only: none."""
+        """The errors of a system, or [] for one that does only a part of the work. Raises AssertionError for large errors."""
         if not SYSTEMS[system].checked:
             return []
         names = inputs_of(system, self.op)

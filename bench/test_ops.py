@@ -1,8 +1,9 @@
 """Every op in every system, side by side: `pytest --benchmark`.
 
-Each result is compared with float64 before it is timed, in as many rounds as fit five seconds, at least two and at most
-twenty. One table per op: the number in brackets is how many times longer than the fastest row. On a CPU in float32, on a CUDA device in bf16 (the times then include the launch of the work; for
-the kernels alone see bench/gpu.py). Half of the rows are prompt.
+Each result is compared with float64 and then timed, in as many rounds as fit five seconds, at least two and at most twenty.
+There is one table per op, in which the number in brackets is the ratio to the fastest row. A CPU computes in float32, a CUDA
+device in bf16 (the times then include the launch of the work; bench/gpu.py times the kernels alone). Half of the rows are
+prompt.
 """
 
 import functools
@@ -17,7 +18,7 @@ pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-SECONDS = 5.0  # of the rounds of one row
+SECONDS = 5.0  # time for the rounds of one row
 LOGITS = {"pairs": 2, "t": 128, "d": 0, "v": 32000}  # 512 rows, 256 of them scored
 HIDDEN = {"pairs": 4, "t": 128, "d": 576, "v": 49152}  # 1024 rows, 512 of them scored
 

@@ -5,12 +5,12 @@
 
 Tasks (on a CPU in float32 and, with --dtype bfloat16, in bf16 compute; on a CUDA device in bf16):
     synthetic   12 layers x 576, vocabulary 32,000; 2 pairs of a 384-token prompt and 128-token completions
-    oasst       a real model (--model, default ../smollm2) on real pairs (--data, default ../shared/data/oasst), 4 pairs a
-                step in the order given
+    oasst       a real model (--model, default ../smollm2) on real pairs (--data, default ../shared/data/oasst), 4 pairs
+                per step in the given order
 
-A row is (system, seconds a step, pairs a second, ratio to TRL's defaults). Systems take turns, one step each, `repeats`
-times, after one step to warm up; the median is reported. Precomputing the reference is timed too and stated beside the
-steps (a run pays it once, for each pair once). One JSON file with everything goes to bench/results/.
+A row is (system, seconds per step, pairs per second, ratio to TRL's defaults). Systems take turns, one step each, `repeats`
+times, after one step to warm up; the median is reported. The precomputation of the reference is timed too and stated beside
+the steps (a run pays for it once per pair). One JSON file with everything goes to bench/results/.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from bench.common import ROOT, conditions
 
 
 def synthetic(folder: Path) -> tuple[str, list[dict]]:
-    """Model folder and token pairs of the first task; random weights, random ids, no end-of-sequence token inside."""
+    """Model folder and token pairs of the first task: random weights, and random ids without an end-of-sequence token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def trl_trainer(folder, name, model, rows, batch, device, dtype, **changes):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    # TRL gets the ids ready-made: its own preparation would need text. Everything after it is TRL's.
+    # TRL gets the finished ids, since its own preparation would need text. Everything after that is TRL's.
     class Ready(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
             return dataset
@@ -107,7 +107,7 @@ def trl_trainer(folder, name, model, rows, batch, device, dtype, **changes):
 
 
 def systems(device: str, task: str) -> dict:
-    """name -> (maker, changes); `tuned` is what each system's own documentation advises where memory allows it."""
+    """Name -> (maker, changes); `tuned` follows TRL's documentation where memory allows it."""
     # Without checkpointing the padded activations of the real model do not fit 24 GB.
     tuned = {"gradient_checkpointing": device == "cpu" and task == "oasst", "precompute_ref_log_probs": True}
     if device == "cuda":
@@ -125,7 +125,7 @@ def systems(device: str, task: str) -> dict:
 
 
 class Stepper:
-    """One optimizer step at a time, through the trainer's own training_step, clipping and optimizer."""
+    """Takes one optimizer step at a time, by the trainer's own training_step, clipping and optimizer."""
 
     def __init__(self, trainer, device: str):
         self.trainer, self.device, self.next = trainer, device, 0
@@ -137,7 +137,7 @@ class Stepper:
         trainer.current_gradient_accumulation_steps = 1
 
     def step(self) -> torch.Tensor:
-        """The next step, without a wait for the device; its loss."""
+        """Take the next step without waiting for the device; returns its loss."""
         trainer, batch = self.trainer, self.trainer.batches[self.next % len(self.trainer.batches)]
         self.next += 1
         loss = trainer.training_step(trainer.model, trainer._prepare_inputs(batch))
@@ -148,7 +148,7 @@ class Stepper:
         return loss
 
     def __call__(self) -> tuple[float, float]:
-        """Seconds of the next step, and its loss."""
+        """Take the next step; returns its seconds and its loss."""
         self.synchronize()
         start = time.perf_counter()
         loss = self.step()

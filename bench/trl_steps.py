@@ -1,6 +1,7 @@
 """TRL's steps beside ours, tuned as its documentation advises: bf16 weights, precomputed reference, flash attention.
 
-Its wheels have to travel with the checkout (README.md says how). Same model, same pairs per step, ours first.
+TRL's wheels have to travel with the checkout (README.md says how). Both train the same model on the same pairs per step,
+ours first.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from bench.train import Stepper, trl_trainer
 
 
 def beside(results: Results, dry: bool, top: dict) -> None:
-    """For the first case of each model: ours once more, then TRL without and with recomputation."""
+    """Measure the first case of each model: ours once more, then TRL without and with recomputation."""
     for name in configs(dry):
         case = next(case for case in cases(dry) if case.model == name)
         measure(results, dry, top, [case], *((1, 1) if dry else ()))
@@ -24,7 +25,7 @@ def beside(results: Results, dry: bool, top: dict) -> None:
 
 
 def _trl(results: Results, case: Case, dry: bool, top: dict) -> None:
-    shape = case.shape.replace(", float32 masters", "")  # it has none
+    shape = case.shape.replace(", float32 masters", "")  # TRL has none
     head = {"model": case.model, "shape": shape, "system": "TRL, tuned", **dataclasses.asdict(case)}
     if results.out_of_time:
         results.add(**head, skipped="out of time")
@@ -41,7 +42,7 @@ def _trl(results: Results, case: Case, dry: bool, top: dict) -> None:
 def _step(results: Results, case: Case, folder: Path, dry: bool, top: dict) -> dict:
     config = configs(dry)[case.model]
     pairs = groups(case, config.vocab_size, dry=dry)
-    size = min(map(len, pairs))  # its collator takes equal batches
+    size = min(map(len, pairs))  # TRL's collator takes batches of equal size
     rows = [
         {key: pair[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for g in pairs for pair in g[:size]
     ]
@@ -52,7 +53,7 @@ def _step(results: Results, case: Case, folder: Path, dry: bool, top: dict) -> d
     trainer = trl_trainer(folder, "trl", model, rows, size, results.device, "bfloat16", **changes)
     stepper = Stepper(trainer, results.device)
     tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows) / BATCHES
-    # The head on every row too, as if it computed no more than the pairs need: its share of the peak is an upper bound.
+    # The operations count the head on every row, and no padding, so TRL's share of the peak is an upper bound.
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     found = timed(results, stepper, *((1, 1) if dry else (3, 4)))
     return {"attention": attention, **rates(found, size, tokens, 6 * tokens * weights, results.device, top),

@@ -1,7 +1,7 @@
-// The losses of one pair, for the processor and for CUDA: a table of functions, each with its value and two derivatives.
+// The losses of one pair for the CPU and for CUDA: the losses of `FUSED` in dpo_fast/loss_table.py, with two derivatives.
 //
-// The formulas are those of dpo_fast/losses.py, which names their papers. Everything is float32 and scalar: a pair costs
-// a few instructions beside its rows of logits. No torch headers: nvcc compiles this file too.
+// The formulas are those of loss_table.py, which names their papers. Everything is float32 and scalar: a pair costs few
+// instructions beside its rows of logits. The file includes no torch header, since nvcc compiles it too.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@
 
 namespace dpo_fast {
 
-// In the order of kLossNames, by which Python finds them.
+// The order is that of kLossNames, by which Python finds a loss.
 enum class Loss : int {
   sigmoid, sigmoid_norm, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, discopop, simpo,
 };
@@ -29,12 +29,12 @@ struct LossOptions {
   float beta, smoothing, tau, gamma;  // beta, label smoothing, discopop_tau, simpo_gamma
 };
 
-// What a loss reads: summed log-probs of the chosen (w) and the rejected (l) sequence, the reference's, their lengths.
+// The inputs of a loss: summed log-probs of the chosen (w) and the rejected (l) sequence, the reference's, and lengths.
 struct Pair {
   float pw, pl, rw, rl, nw, nl;
 };
 
-// What it gives: the loss, and its derivatives with respect to pw and pl.
+// The results: the loss, and its derivatives with respect to pw and pl.
 struct PairLoss {
   float loss, gw, gl;
 };
@@ -52,7 +52,7 @@ DPO_HOST_DEVICE float smooth_slope(float x, float e) { return e * sigmoid(x) - (
 
 DPO_HOST_DEVICE PairLoss discopop(float x, float b, float tau) {
   const float ls = log_sigmoid(x), up = sigmoid(x / tau), down = sigmoid(-x / tau);
-  // m exp(-x) is one exponential, flat past 80 as in losses.py.
+  // m exp(-x) is computed as one exponential, which is flat past 80 as in loss_table.py.
   const float exponent = log_sigmoid(x / tau) - x, bump = expf(fminf(exponent, 80.0f));
   const float of_bump = exponent <= 80.0f ? bump * (down / tau - 1) : 0.0f;
   return of_margin(bump - down * ls, b, up * down * ls / tau - down * sigmoid(-x) + of_bump);
@@ -69,7 +69,7 @@ DPO_HOST_DEVICE PairLoss pair_loss(const Pair& p, const LossOptions& o) {
       return {-log_sigmoid(y), g / p.nw, -g / p.nl};
     }
     case Loss::hinge:
-      // A NaN margin is a NaN loss with the slope of a loss, as in PyTorch.
+      // A NaN margin gives a NaN loss and the slope -1, as in PyTorch.
       return of_margin(1 - x <= 0 ? 0.0f : 1 - x, b, 1 - x <= 0 ? 0.0f : -1.0f);
     case Loss::ipo: {
       const float z = dw / p.nw - dl / p.nl - 0.5f / b;

@@ -1,11 +1,11 @@
-// The extension's ops: their schemas once, for the processor and for CUDA; the dispatcher chooses. Python sees them as
-// torch.ops.dpo_fast_csrc.* through dpo_fast/backends/extension.py, whose functions are the launchers that eager.py
+// The schemas of the extension's ops, which are the same for the CPU and for CUDA; the dispatcher chooses. Python calls
+// them as torch.ops.dpo_fast_csrc.* in dpo_fast/backends/extension.py, whose functions are the launchers that eager.py
 // describes.
 //
-// logits [N, V] with entries of a row next to each other and rows of any stride, targets [N] int64, in [0, V) or
+// logits are [N, V]: the entries of a row are adjacent, and rows have any stride. targets are [N] int64, in [0, V) or
 // ignore_index; another target reads nothing outside its row and makes the row NaN. Log-probs, sums and statistics are
-// float32; statistics are [4, N] in the order of eager.OUTPUTS, or [0, N]. `out` may be `logits`. `blocks_per_sm` is of
-// CUDA alone and changes no number.
+// float32; statistics are [4, N] in the order of eager.OUTPUTS, or [0, N]. `out` may be `logits`. `blocks_per_sm` is
+// used on CUDA only and changes no number.
 
 #include <torch/extension.h>
 #include <torch/version.h>

@@ -1,7 +1,7 @@
-"""`python -m dpo_fast.annotate`: have pairs of candidates preferred, by people on a page and by judges, into a labels file.
+"""`python -m dpo_fast.annotate`: people on a page, and judges, say which candidate of a pair they prefer, into a labels file.
 
 `--annotators` opens the page and prints a link for each person; it ends when the wanted labels are there, or with Ctrl-C.
-`--judge` runs judges (loop/judges.py) first. Every label is saved at once, and the same command goes on where it was.
+`--judge` runs judges (loop/judges.py) first. Every label is saved at once, and the same command goes on where it stopped.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> None:
-    """Everything that is cheap is checked first. Raises ValueError or OSError for what a user can mend."""
+    """Label as the options say; cheap checks come first. Raises ValueError or OSError for what a user can mend."""
     args = parser().parse_args(argv)
     people = args.annotators or ([] if args.judge else ["me"])
     if (args.judge_template or args.judge_api_key) and not any(spec.startswith("llm:") for spec in args.judge):

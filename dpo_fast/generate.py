@@ -1,6 +1,6 @@
 """`python -m dpo_fast.generate`: N completions per prompt from a policy, one line per prompt in a candidates file.
 
-What is in the file already is not generated again: the same command goes on where a killed one was.
+Completions that the file already holds are not generated again: the same command goes on where a killed one stopped.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """`python -m dpo_fast.info`: versions, devices and back ends, for a bug report or a look before a run.
 
-Works with the core install alone: nothing of the extra [train] is imported.
+It works with the core install alone: it imports nothing of the extra [train].
 """
 
 import argparse
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "peft", "d
 
 
 def versions() -> dict[str, str]:
-    """Versions of dpo_fast, Python and the packages that matter; "not installed" where one is missing."""
+    """Versions of dpo_fast, Python and the packages that matter, or "not installed"."""
     found = {"dpo_fast": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -50,7 +50,7 @@ def _cpu_name() -> str:
 
 
 def _details(backend: str) -> str:
-    """What is in use of a back end that comes in several forms."""
+    """How the extension was built and runs (instruction set, threads, CUDA); other back ends have one form only."""
     if backend != "csrc":
         return ""
     from .backends import extension as csrc
@@ -60,7 +60,7 @@ def _details(backend: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print it all; returns the exit status."""
+    """Print it all and return the exit status."""
     argparse.ArgumentParser(prog="python -m dpo_fast.info", description=__doc__.splitlines()[0]).parse_args(argv)
     backends = {name: why or f"available{_details(name)}" for name, why in available_backends().items()}
     for title, rows in (("Versions", versions()), ("Devices", devices()), ("Back ends", backends)):

@@ -1,4 +1,4 @@
-"""`python -m dpo_fast.labels`: what a labels file holds: agreement of annotators, export to training pairs, import of labels."""
+"""`python -m dpo_fast.labels`: agreement of annotators, export of a labels file to training pairs, import of labels."""
 
 import argparse
 import sys
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> None:
-    """Raises ValueError or OSError for what a user can mend."""
+    """Run one of the three commands. Raises ValueError or OSError for what a user can mend."""
     args = parser().parse_args(argv)
     if args.command == "import":
         import_labels(args.input, args.labels, layout=args.layout, annotator=args.annotator)

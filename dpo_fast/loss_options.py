@@ -1,4 +1,4 @@
-"""The options of an objective: the one list of them, their defaults, what follows from them, and their checks."""
+"""The options of an objective: their one list, their defaults, the properties that follow from them, and their checks."""
 
 import dataclasses
 import math
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .loss_table import F_DIVERGENCES, FUSED, LOSSES, Loss
 
-# What the sft term is a mean over: all chosen tokens of the batch, or the pairs, each with its own mean over tokens.
+# The sft term is a mean over all chosen tokens of the batch, or over pairs, each with its own mean over tokens.
 SFT_MEANS = ("tokens", "pairs")
 
 
 def require(ok: bool, message: Callable[[], str]) -> None:
-    """Raise ValueError with what `message` returns unless `ok`.
+    """Raise ValueError with the text that `message` returns, unless `ok`.
 
-    The text is built only then: torch.compile would specialise on every number that it holds.
+    The text is built only on failure: torch.compile would specialise on every number in it.
     """
     if not ok:
         raise ValueError(message())
@@ -31,9 +31,9 @@ def require_in(interval: str, name: str, value: float, why: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """The options of an objective and their defaults: the one list of them that config, ops and trainer read.
+    """The options of an objective and their defaults; config, ops and trainer read this one list.
 
-    `loss_type` is a name of `LOSSES` or several, which are added up with `loss_weights`.
+    `loss_type` is one name in `LOSSES`, or several, whose losses are added up with `loss_weights`.
     """
 
     loss_type: str | Sequence[str] = "sigmoid"
@@ -50,7 +50,7 @@ class LossOptions:
 
     @classmethod
     def of(cls, source: object) -> "LossOptions":
-        """The options that `source` (a config) holds as attributes of the same names, defaults for the others."""
+        """The options that `source` (a config) has as attributes of the same names; the others keep their defaults."""
         names = [field.name for field in dataclasses.fields(cls) if hasattr(source, field.name)]
         return cls(**{name: getattr(source, name) for name in names})
 
@@ -80,16 +80,16 @@ class LossOptions:
 
     @property
     def has_reference(self) -> bool:
-        """True when a run has a reference: for a loss that takes one, and for sft alone, whose rewards are beside one."""
+        """True when a run has a reference: a loss takes one, or the loss is sft alone, whose rewards are measured from one."""
         return not self.reference_free or set(self.names) == {"sft"}
 
     @property
     def margin_only(self) -> bool:
         """True when dL/dchosen_logps = -dL/drejected_logps for each pair, whatever the data: all are margin losses.
 
-        Other divergences bend the log-ratio of each side by itself, and so do means over tokens. `pair_weights` and
-        `label_smoothing` are one number per pair. `ld_alpha` leaves the tokens up to the shorter length alone, so a token
-        that both sides begin with weighs the same in both.
+        Another divergence, or a mean over tokens, transforms each side's log-ratio by itself and breaks this.
+        `pair_weights` and `label_smoothing` are one number per pair and do not. Nor does `ld_alpha`: it leaves the tokens
+        up to the shorter length alone, so a token in a common beginning has the same weight on both sides.
         """
         plain = self.f_divergence_type == "reverse_kl" and not self.average_log_prob and self.sft_weight == 0
         return plain and all(row.margin for row in self.rows)
@@ -101,7 +101,7 @@ class LossOptions:
 
     @property
     def token_mean(self) -> bool:
-        """True when a loss or the sft term holds a mean over all chosen tokens."""
+        """True when a loss or the sft term is a mean over all chosen tokens."""
         return any(row.token_mean for row in self.rows) or (self.sft_weight != 0 and self.sft_mean == "tokens")
 
     @property
@@ -111,7 +111,7 @@ class LossOptions:
 
     @property
     def one_launch(self) -> bool:
-        """True when the loss is one of `FUSED` alone, with weight 1 and no divergence but the KL of DPO."""
+        """True when the loss is a single one of `FUSED` with weight 1 and DPO's own divergence, the reverse KL."""
         names = self.names
         alone = len(names) == 1 and names[0] in FUSED and self.weights == [1.0] and self.sft_weight == 0
         return alone and self.f_divergence_type == "reverse_kl" and not self.average_log_prob
@@ -119,11 +119,11 @@ class LossOptions:
     def check(
         self, *, pair_weights: bool = False, ld_alpha: float | None = None, soft_labels: bool = False
     ) -> "LossOptions":
-        """Check the options without any data; returns them.
+        """Check the options without any data, and return them.
 
         `pair_weights` says whether pair weights will be given (WPO), `soft_labels` whether `label_smoothing` will be a
-        tensor, `ld_alpha` what `sum_logps` will be given. Among several losses an option must have an effect on at least
-        one, a divergence must be allowed for all.
+        tensor, and `ld_alpha` is the value that `sum_logps` will be given. Of several losses at least one must be
+        affected by an option, and all must allow a divergence.
 
         Raises ValueError, naming the argument, for a value out of range and for an option without effect.
         """
@@ -193,7 +193,7 @@ class LossOptions:
         )
 
     def _require_sums(self, rows: dict[str, Loss], pair_weights: bool, ld_alpha: float | None) -> None:
-        """Refuse to weigh the pairs or tokens of what is no sum over them, and to average twice."""
+        """Refuse weights on pairs or tokens where a loss is not a sum over them, and refuse to average twice."""
         term = ["the sft term"] if self.sft_weight != 0 else []
         whole = [name for name, row in rows.items() if row.over_batch or row.token_mean]
         whole += term if self.sft_mean == "tokens" else []
@@ -214,7 +214,7 @@ class LossOptions:
 
 
 def check_label_smoothing(values: Tensor, options: LossOptions) -> None:
-    """Values [B] lie in the range of every loss that reads them; waits for a device that they are on."""
+    """Raise ValueError unless the values [B] lie in the range of every loss that reads them; waits for their device."""
     low, high = (float(x) for x in torch.aminmax(values.detach()))
     for name, row in zip(options.names, options.rows, strict=True):
         for value in (low, high):

@@ -1,7 +1,8 @@
 """The table of preference losses: a new loss is one row of `LOSSES`, with its formula on one line.
 
-Formulas read `Terms`, [B] log-probs in nats in float32 or wider, and give one number per pair. What goes with a loss (its
-reference, lengths, options) stands in its row; losses.py checks it and applies the formulas. PyTorch alone.
+Formulas read `Terms`, [B] log-probs in nats in float32 or wider, and return one number per pair. A row also states what
+its loss needs (a reference, lengths, options); loss_options.py checks that and losses.py applies the formulas. This file
+imports PyTorch alone.
 """
 
 import dataclasses
@@ -12,25 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# exp(80) = 5.5e34 leaves float32 room for a difference and a factor; beyond it the exponential is flat.
+# exp(80) = 5.5e34 leaves float32 room for a difference and a factor; exponents are clamped there.
 MAX_EXPONENT = 80.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What a formula reads. Every tensor is [B] unless a comment says otherwise."""
+    """The inputs of a formula. Every tensor is [B] unless a comment says otherwise."""
 
     chosen_logps: Tensor  # summed log-probs under the policy
     rejected_logps: Tensor
-    ref_chosen_logps: Tensor  # and under the reference
+    ref_chosen_logps: Tensor  # the same under the reference
     ref_rejected_logps: Tensor
     chosen_logratios: Tensor  # chosen_logps - ref_chosen_logps
     rejected_logratios: Tensor
     chosen_scores: Tensor  # f(chosen_logratios) of the f-divergence
     rejected_scores: Tensor
-    chosen_lengths: Tensor | None  # completion tokens
+    chosen_lengths: Tensor | None  # scored tokens
     rejected_lengths: Tensor | None
-    mean_chosen_length: Tensor | float | None  # scalar
+    mean_chosen_length: Tensor | float | None  # a scalar
     beta: float
     label_smoothing: float | Tensor  # a tensor: one number per pair
     discopop_tau: float
@@ -38,12 +39,12 @@ class Terms:
 
     @property
     def delta(self) -> Tensor:
-        """The margin of the scores."""
+        """Chosen score minus rejected score."""
         return self.chosen_scores - self.rejected_scores
 
     @property
     def mean_delta(self) -> Tensor:
-        """The margin of the scores per token."""
+        """Chosen score per token minus rejected score per token."""
         return self.chosen_scores / self.chosen_lengths - self.rejected_scores / self.rejected_lengths
 
     @property
@@ -59,17 +60,17 @@ class Terms:
 
     @property
     def chosen_mean_logps(self) -> Tensor:
-        """Log-prob per token."""
+        """Mean log-prob per token of the chosen completions."""
         return self.chosen_logps / self.chosen_lengths
 
     @property
     def rejected_mean_logps(self) -> Tensor:
-        """Log-prob per token."""
+        """Mean log-prob per token of the rejected completions."""
         return self.rejected_logps / self.rejected_lengths
 
     @property
     def nll(self) -> Tensor:
-        """Each pair's part of the mean negative log-likelihood over the chosen tokens."""
+        """The negative log-likelihood of each pair's chosen tokens; its mean over pairs is the mean over chosen tokens."""
         return -self.chosen_logps / self.mean_chosen_length
 
 
@@ -78,14 +79,14 @@ class Loss:
     """A row of `LOSSES`."""
 
     formula: Callable[[Terms], Tensor]
-    margin: bool = False  # reads chosen_logps - rejected_logps alone, so its two derivatives are opposite numbers
+    margin: bool = False  # it reads chosen_logps - rejected_logps alone, so its two derivatives are opposite numbers
     needs_reference: bool = True
     needs_lengths: tuple[str, ...] = ()  # the arguments that must be known
-    over_batch: bool = False  # a pair's loss depends on the other pairs: splitting a batch changes it
-    token_mean: bool = False  # holds a mean over all chosen tokens: no pair_weights, no ld_alpha
+    over_batch: bool = False  # a pair's loss depends on the other pairs, so splitting a batch changes it
+    token_mean: bool = False  # it is a mean over all chosen tokens, so pair_weights and ld_alpha are refused
     average_rewards: bool = False  # without a reference, rewards are beta * logp / length
-    label_smoothing: str | None = None  # the interval allowed, "[0, 0.5)" holds 0 but not 0.5; None: no effect
-    f_divergence: bool = False  # may stand beside another f_divergence_type than reverse_kl
+    label_smoothing: str | None = None  # the allowed interval: "[0, 0.5)" holds 0 but not 0.5; None: no effect
+    f_divergence: bool = False  # an f_divergence_type other than reverse_kl is allowed
     options: tuple[str, ...] = ()  # options that only this loss reads
 
 
@@ -115,18 +116,18 @@ def _exo(x: Tensor, e: float | Tensor) -> Tensor:
 
 
 def _discopop(x: Tensor, tau: float) -> Tensor:
-    """-(1 - m) ls(x) + m exp(-x) with m = s(x / tau); m exp(-x) is one exponential, so 0 * inf cannot arise."""
+    """-(1 - m) ls(x) + m exp(-x) with m = s(x / tau); m exp(-x) is computed as one exponential, so 0 * inf cannot arise."""
     return -_s(-x / tau) * _ls(x) + torch.exp((_ls(x / tau) - x).clamp(max=MAX_EXPONENT))
 
 
 def log_odds(avg: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(avg); p is held below 1, where the odds (and an empty completion's) are infinite."""
+    """log(p / (1 - p)) of p = exp(avg); p is held below 1, where the odds are infinite (an empty completion has p = 1)."""
     avg = avg.clamp(max=-torch.finfo(avg.dtype).eps)
     return avg - torch.log(-torch.expm1(avg))
 
 
 LOSSES: dict[str, Loss] = {
-    # DPO, arXiv 2305.18290 eq. 7; e > 0 is its conservative form: labels are flipped with probability e
+    # DPO, arXiv 2305.18290 eq. 7; e > 0 gives conservative DPO, which assumes labels are flipped with probability e
     "sigmoid": Loss(
         lambda t: _smooth(t.beta * t.delta, t.label_smoothing), margin=True, label_smoothing=_UNIT, f_divergence=True
     ),
@@ -195,7 +196,7 @@ LOSSES: dict[str, Loss] = {
     ),
 }
 
-# Losses that are a function of one pair alone: one launch can compute the loss and the gradient of a batch.
+# Losses that are a function of one pair alone: one launch can compute the losses and the gradient of a batch.
 FUSED = tuple(name for name, row in LOSSES.items() if not row.over_batch and not row.token_mean)
 
 

@@ -1,7 +1,7 @@
-"""The preference objective on sequence log-probs, and its gradient. The formulas are in loss_table.py, options in loss_options.py.
+"""The preference objective on sequence log-probs, and its gradient.
 
-Everything here works on [B] or [S] log-probs in nats, in float32 or wider, and never waits for the device. No logits,
-no model, no kernels.
+The formulas are in loss_table.py, the options in loss_options.py. Everything here works on [B] or [2B] log-probs in nats,
+in float32 or wider, and does not wait for a GPU. It knows no logits, no model and no kernels.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceOutput:
-    """What a preference loss returns. The rewards are detached; what the others carry, each function says."""
+    """The result of a preference loss. The rewards are detached; each function says which other fields carry a gradient."""
 
-    loss: Tensor  # scalar, the mean of losses
-    losses: Tensor  # [B], times loss_weights and pair_weights; by quantile, not by pair, for the over_batch losses
-    chosen_logps: Tensor  # [B], as given
+    loss: Tensor  # a scalar, the mean of losses
+    losses: Tensor  # [B], loss_weights and pair_weights included; over_batch losses list quantiles instead of pairs
+    chosen_logps: Tensor  # [B], the log-probs that the losses read
     rejected_logps: Tensor  # [B]
     chosen_rewards: Tensor  # [B], beta * (logp - ref_logp)
     rejected_rewards: Tensor  # [B]
@@ -59,38 +59,39 @@ def preference_loss(
     sft_weight: float = LossOptions.sft_weight,
     sft_mean: str = LossOptions.sft_mean,
 ) -> PreferenceOutput:
-    """The preference objective on summed log-probs. With the default options (DPO, arXiv 2305.18290 eq. 7) it equals
+    """The preference objective on summed log-probs. With the default options it is DPO (arXiv 2305.18290 eq. 7):
 
         delta = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
         loss = -F.logsigmoid(beta * delta).mean()
 
     Args:
         chosen_logps, rejected_logps: [B], log-probs summed over the completion, in nats, any floating dtype.
-        ref_chosen_logps, ref_rejected_logps: [B], the reference's. Both None: they count as zero (a uniform
-            reference). Refused where no loss takes a reference (simpo, orpo, sft).
-        loss_type: a row of `LOSSES`, or several, which are added up with `loss_weights` (default 1 each).
-        label_smoothing: the chance that a label is wrong, a number or [B], one per pair (soft labels; not for aot and
-            aot_unpaired). Honoured by sigmoid too (conservative DPO), which TRL leaves out since 0.29.
-        chosen_lengths, rejected_lengths: [B] completion tokens; needed by sigmoid_norm, ipo, simpo and orpo, the
-            chosen ones by sft. A length of zero divides as one.
+        ref_chosen_logps, ref_rejected_logps: [B], the reference's. If both are None they count as zero (a uniform
+            reference). They are refused where no loss takes a reference (simpo, orpo, sft).
+        loss_type: a row of `LOSSES`, or several, whose losses are added up with `loss_weights` (default 1 each).
+        label_smoothing: the chance that a label is wrong: a number, or [B] with one per pair (soft labels; not for aot
+            and aot_unpaired). sigmoid honours it too (conservative DPO), unlike TRL since 0.29.
+        chosen_lengths, rejected_lengths: [B] completion tokens. sigmoid_norm, ipo, simpo and orpo need both, sft needs
+            the chosen ones. A length of zero divides as one.
         f_divergence_type, f_alpha_divergence_coef: the score of a log-ratio, `F_DIVERGENCES`. Exponents are clamped
-            at 80: beyond, forward_kl and alpha_divergence are flat instead of infinite.
-        pair_weights: [B], multiply each pair's loss (WPO: `wpo_weights`).
+            at 80, past which forward_kl and alpha_divergence are flat instead of infinite.
+        pair_weights: [B] factors of each pair's loss (WPO: `wpo_weights`).
         mean_chosen_length: sft and orpo take -chosen_logps / mean_chosen_length as the negative log-likelihood of a
             pair. The default, chosen_lengths.float().mean(), makes their mean over pairs the mean over the chosen
-            completion tokens (TRL's orpo counts the prompt's too). Whoever splits a batch passes the mean of the whole
-            batch (> 0, a number or a 0-d tensor): then the parts' losses, weighted by their pairs, add up to the whole.
-        sft_weight: adds so much of the chosen completions' negative log-likelihood (RPO, arXiv 2404.19733): with
-            `sft_mean` "tokens" the mean over the chosen tokens of the batch, with "pairs" the mean over pairs of each
-            pair's mean. Needs `chosen_lengths`.
+            completion tokens (TRL's orpo counts the prompt's too). A caller that splits a batch passes the mean of the
+            whole batch (> 0, a number or a 0-d tensor); the parts' losses, weighted by their pairs, then add up to
+            the whole.
+        sft_weight: the factor of an added negative log-likelihood of the chosen completions (RPO, arXiv 2404.19733).
+            With `sft_mean` "tokens" it is the mean over the chosen tokens of the batch, with "pairs" the mean over
+            pairs of each pair's mean. It needs `chosen_lengths`.
 
     Returns:
-        `PreferenceOutput`, float32 or wider; all but the rewards carry a gradient. Rewards are beta * (logp - ref_logp) whatever the divergence; for simpo
-        and orpo (alone or with sft) beta * logp / length, as in TRL.
+        `PreferenceOutput`, float32 or wider; all but the rewards carry a gradient. Rewards are beta * (logp - ref_logp)
+        whatever the divergence; for simpo and orpo (alone or with sft) they are beta * logp / length, as in TRL.
 
     Raises:
         ValueError: a shape other than [B], one reference without the other, a missing length, an option out of range
-            or without effect. Values of a `label_smoothing` on a GPU are not looked at: that would be a wait.
+            or without effect. The values of a `label_smoothing` on a GPU are not checked, since that would wait for it.
     """
     soft = label_smoothing if isinstance(label_smoothing, Tensor) else None
     options = LossOptions(
@@ -125,7 +126,7 @@ def preference_loss(
         not useless,
         lambda: f"loss_type {loss_type!r} takes no ref_chosen_logps and ref_rejected_logps: leave them out",
     )
-    # A look at a value would break a compiled graph.
+    # Reading a value would break a compiled graph.
     if soft is not None and not soft.is_cuda and not torch.compiler.is_compiling():
         check_label_smoothing(soft, options)
     if isinstance(mean_chosen_length, int | float):
@@ -148,8 +149,8 @@ def objective(
 ) -> PreferenceOutput:
     """`preference_loss` for options that were checked before (`LossOptions.check`). Raises ValueError for missing lengths.
 
-    `label_smoothing` [B] stands for `options.label_smoothing`. With `average_log_prob` the losses read log-probs per token:
-    chosen_logps and rejected_logps are divided by their lengths, the reference's come divided.
+    `label_smoothing` [B], if given, replaces `options.label_smoothing`. With `average_log_prob` the losses read log-probs
+    per token: chosen_logps and rejected_logps are divided here, the reference's must be divided already.
     """
     dtype = torch.promote_types(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype), torch.float32)
     if mean_chosen_length is None and chosen_lengths is not None:
@@ -200,7 +201,7 @@ def loss_and_coefficients(
     label_smoothing: Tensor | None = None,
     mean_chosen_length: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`objective` of [2B] summed log-probs: its loss, losses [B], `d loss / d logps` [2B], and the log-probs that it read."""
+    """`objective` of [2B] summed log-probs: its loss, losses [B], coefficients `d loss / d logps` [2B], and the log-probs it read."""
     references = (None, None) if ref_logps is None else ref_logps.chunk(2)
     chosen, rejected = lengths.chunk(2)
     with autograd_inside_op():
@@ -222,7 +223,7 @@ def loss_and_coefficients(
 
 @contextlib.contextmanager
 def autograd_inside_op():
-    """Autograd as outside of ops: the dispatcher switches it off inside, and torch.func cannot run under a mode."""
+    """Switch autograd on again inside an op, where the dispatcher switches it off and torch.func cannot run under a mode."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
         exclude = exclude.remove(getattr(torch._C.DispatchKey, name))

@@ -1,6 +1,6 @@
-"""The truth of the tests: the ops written down as their formulas, on whole logits, differentiated by autograd.
+"""The truth of the tests: the ops written as their formulas, on whole logits, differentiated by autograd.
 
-Short enough to be believed, and it shares no function with what the product runs. Tests call it in float64.
+It is short enough to be believed, and it shares no function with the code that runs. Tests call it in float64.
 """
 
 import torch
@@ -50,7 +50,7 @@ def transform_logits(
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
 
-# Statistics [...] of transformed logits z [..., V] and targets [...], whatever is ignored.
+# Statistics [...] of transformed logits z [..., V] and targets [...]; ignored targets are not masked here.
 STATISTICS = {
     "entropy": lambda z, targets, temperature: torch.special.entr(z.softmax(-1)).sum(-1),
     "mean_logits": lambda z, targets, temperature: (z * temperature).mean(-1),

@@ -1,6 +1,6 @@
 """`python -m dpo_fast.train`: train a model on preference pairs, with TRL's option names. Without options, the demo.
 
-What is cheap comes first: options, files, layouts, tokens, the model's configuration. Then the model is loaded. Whatever
+Cheap checks come first (options, files, layouts, tokens, the model's configuration), then the model is loaded. Whatever
 a user can mend ends as one line on stderr and exit status 2. Options are in cli/.
 """
 
@@ -20,10 +20,10 @@ from .data.sources import Pairs, load_pairs, locate, split_pairs
 from .training import checkpoint
 from .training.run_lock import hold
 
-# What the extra [train] brings.
+# Packages that the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch")
-_LONGEST = 1500  # characters of an error; transformers lists every model it knows
+_LONGEST = 1500  # an error's characters at most; transformers lists every model it knows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ class _OneLine(logging.Formatter):
 
 @contextlib.contextmanager
 def _quiet():
-    """The libraries' advice stays off the screen; what dpo_fast warns of reaches stderr, one line each."""
+    """The libraries' advice stays off the screen; dpo_fast's own warnings reach stderr, one line each."""
     ours, handler = logging.getLogger("dpo_fast"), logging.StreamHandler()
     handler.setFormatter(_OneLine("dpo_fast: %(message)s"))
     handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
@@ -91,8 +91,8 @@ def _quiet():
 
 
 def run(argv: list[str]) -> int:
-    """Train, or inspect the data, as the options say. Raises what `main` turns into one line."""
-    # Before transformers is imported: it reads the environment.
+    """Train, or inspect the data, as the options say; `main` turns the errors into one line each."""
+    # The file's `env` must be set before transformers is imported, which reads the environment.
     path, config = read_config(argv)
     from transformers.utils import logging as transformers_logging
 
@@ -138,7 +138,7 @@ def _say_nothing(*_) -> None:
 
 
 def _check_files(script, args, model_args) -> None:
-    """Everything that is named is there. Raises FileNotFoundError or ValueError."""
+    """Raise FileNotFoundError or ValueError unless everything that the options name is there."""
     from .cli.options import eval_sources, train_sources
 
     name, template = model_args.model_name_or_path, model_args.chat_template_path
@@ -156,10 +156,10 @@ def _check_files(script, args, model_args) -> None:
 
 
 def _resume(args) -> str | None:
-    """The checkpoint to go on from. Raises ValueError where there is none."""
+    """The checkpoint to resume from. Raises ValueError where the one that is asked for cannot be used."""
     value = args.resume_from_checkpoint
     known = {"true": True, "false": None}
-    return checkpoint.resolve(known.get(str(value).lower(), value), args.output_dir)
+    return checkpoint.find_checkpoint(known.get(str(value).lower(), value), args.output_dir)
 
 
 def _load_pairs(script, args, say) -> dict[str, Pairs]:
@@ -225,7 +225,7 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
 
 
 def _final_metrics(trainer) -> dict:
-    """Evaluation of the model that is saved; not twice where the last step was evaluated."""
+    """The metrics of the saved model; it is not evaluated again where the last step was."""
     state = trainer.state
     last = [log for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step]
     return last[-1] if last and not trainer.args.load_best_model_at_end else trainer.evaluate()

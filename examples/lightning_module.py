@@ -1,4 +1,4 @@
-"""DPO as a Lightning module; `pip install lightning` to train it. The step alone runs without. python examples/lightning_module.py"""
+"""DPO as a Lightning module. `pip install lightning` to train it; the step runs without. python examples/lightning_module.py"""
 
 import torch
 
@@ -24,5 +24,5 @@ class DPO(LightningModule):
         return preference_loss(*logps.chunk(2), *batch["ref_logps"].chunk(2), beta=0.1).loss
 
     def configure_optimizers(self):
-        """AdamW on all weights."""
+        """The optimizer: AdamW on all weights."""
         return torch.optim.AdamW(self.parameters(), lr=1e-6)

@@ -1,8 +1,8 @@
 """The five steps of preference learning with an LSTM and a learned preference model: python examples/lstm_loop.py [rounds]
 
 1 the policy completes prompts, 2 a preference model says which of two completions is better, 3 the DPO objective and
-4 its update move the policy, 5 and round again. The preference model is learned first, from pairs that a person labelled
-(here a rule stands in for the person: the more "la", the better).
+4 its update move the policy, 5 and the next round begins. The preference model is learned first, from pairs that a person
+labelled (here a rule stands in for the person: the more "la", the better).
 """
 
 import random
@@ -23,7 +23,7 @@ PROMPTS = [Prompt(f"{a} {b} ") for a in SYLLABLES for b in SYLLABLES]
 
 
 class LSTM(torch.nn.Module):
-    """Anything with these two methods can be sampled and trained; the state after a prompt is computed once."""
+    """A module with these two methods can be sampled and trained; the state after a prompt is computed once."""
 
     carries_state = True
 
@@ -41,7 +41,7 @@ class LSTM(torch.nn.Module):
 
 
 def likes(text: str) -> int:
-    return text.split().count("la")  # the person
+    return text.split().count("la")  # this rule stands in for the person
 
 
 def fit(module: torch.nn.Module, rate: float, steps: int, loss_of) -> None:
@@ -53,7 +53,7 @@ def fit(module: torch.nn.Module, rate: float, steps: int, loss_of) -> None:
 
 
 def learn_language(model: LSTM, rng: random.Random) -> None:
-    """Plain next-token training on random songs of six syllables."""
+    """Train on the next token of random songs of six syllables."""
 
     def loss() -> torch.Tensor:
         songs = [" ".join(rng.choices(SYLLABLES, k=6)) + TOKENIZER.eos_token for _ in range(32)]

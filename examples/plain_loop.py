@@ -1,4 +1,4 @@
-"""DPO in a loop of your own: hidden states of the model's trunk, one loss, one backward. python examples/plain_loop.py"""
+"""DPO in your own loop: hidden states of the model's trunk, one loss, one backward pass. python examples/plain_loop.py"""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

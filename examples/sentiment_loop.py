@@ -2,7 +2,7 @@
 
     python examples/sentiment_loop.py MODEL PROMPTS [OUTPUT_DIR]
 
-MODEL is a folder or hub name of a chat model, such as SmolLM2-135M-Instruct; PROMPTS a file in any layout.
+MODEL is a folder or hub name of a chat model, such as SmolLM2-135M-Instruct. PROMPTS is a file in any layout.
 """
 
 import json
@@ -18,7 +18,7 @@ ANALYZER = SentimentIntensityAnalyzer()
 
 
 def sentiment(prompt, completion: str) -> float:
-    """From -1 (negative) to 1 (positive)."""
+    """A score from -1 (negative) to 1 (positive)."""
     return ANALYZER.polarity_scores(completion)["compound"]
 
 

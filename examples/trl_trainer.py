@@ -1,4 +1,4 @@
-"""Our trainer under TRL's names: the import line is what changes. python examples/trl_trainer.py MODEL PAIRS.jsonl"""
+"""Our trainer under TRL's names: only the import line changes. python examples/trl_trainer.py MODEL PAIRS.jsonl"""
 
 import sys
 

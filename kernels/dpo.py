@@ -1,4 +1,4 @@
-"""Logits in, loss and gradient of every pair out, in one launch: 2 reads and 1 write of the scored rows.
+"""Loss and gradient of every pair from logits in one launch: 2 reads and 1 write of the scored rows.
 
     rows       logp[row] = x[target] - logsumexp(x)                             1 read
     pair       logps = sums over each sequence's rows; loss(logps) and its two derivatives
@@ -7,19 +7,19 @@
 The grid is persistent: a program takes the next ticket from one counter until there is none. Each row has a row ticket
 and a gradient ticket. A row ticket stores its results and counts itself done; the one that completes the pair sums
 them in row order (the same bits on every run), evaluates the loss and publishes two coefficients. A gradient ticket
-waits for its pair's coefficients. They come from smaller tickets, and whoever holds a ticket is running, so there is
-no deadlock, however many programs are resident: no cooperative launch.
+waits for its pair's coefficients. They come from smaller tickets, and every program that holds a ticket is running, so
+there is no deadlock, however many programs are resident, and no need for a cooperative launch.
 
-The order of tickets is: `lead` rows, then row and gradient tickets in turn, then the gradients that are left. `lead` is
+The tickets come in this order: `lead` rows, then row and gradient tickets in turn, then the remaining gradients. `lead` is
 the largest pair plus a lag of half a grid, so that a gradient ticket finds its pair done: without the lag every pair
 would end with programs that wait for its last rows.
 
-What one program writes and another reads goes through the pair's counter, an int32 in global memory. The writer
-stores, then a barrier, then an atomic add with release at gpu scope; the reader has an atomic add of 0 with acquire (one
-`ld.acquire.gpu`), then a barrier, then loads past L1. One thread performs a scalar atomic; the barriers (bar.sync) join
-the others to it, and release and acquire are cumulative: what any thread of the writer stored before, every thread of
-the reader sees after. The row ticket that completes a pair does both (acq_rel): all writes of the counter are
-read-modify-writes, so it follows the releases of all the pair's rows. Tickets carry no data: relaxed.
+Data that one program writes and another reads is ordered by the pair's counter, an int32 in global memory. The writer
+stores, then passes a barrier, then does an atomic add with release at gpu scope. The reader does an atomic add of 0 with
+acquire (one `ld.acquire.gpu`), then passes a barrier, then loads past L1. One thread performs a scalar atomic; the barriers
+(bar.sync) join the others to it, and release and acquire are cumulative: every thread of the reader sees afterwards what
+any thread of the writer stored before. The row ticket that completes a pair does both (acq_rel): all writes of the counter
+are read-modify-writes, so it follows the releases of all the pair's rows. Tickets carry no data, so taking one is relaxed.
 
 The counters must be zero at the start: a memset of 4 (B + 1) bytes precedes the launch.
 """
@@ -29,16 +29,16 @@ import triton
 import triton.language as tl
 
 from .logps import check_rows
-from .rows import LOG2E, checked, reduce_row, row_blocks, row_layout, write_gradient, write_zeros
+from .rows import LOG2E, block_sizes, checked, reduce_row, row_layout, write_gradient, write_zeros
 
-# Sizes of a program for the number of programs per SM. Three of eight warps and 80 registers fit, and more would only
-# wait for a place; one of 32 warps has fewer rows between their two reads, so that more second reads can come from L2.
-# Not measured yet.
+# Sizes of a program, by the number of programs per SM. Three of eight warps and 80 registers fit, and more would only
+# wait for a place. One of 32 warps has fewer rows between their two reads, so that more second reads can come from L2.
+# Neither choice has been measured yet.
 PROGRAM_SIZES = {3: {"warps": 8, "loads": 4, "registers": 80}, 1: {"warps": 32, "loads": 2, "registers": 64}}
 
 
 def program_count(device: torch.device, programs_per_sm: int) -> int:
-    """Programs of the persistent grid. In the interpreter the first takes all tickets in order, and waits for none."""
+    """Programs of the persistent grid. In the interpreter the first one takes all tickets in order and never waits."""
     if device.type != "cuda":
         return 2
     return programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
@@ -68,7 +68,7 @@ def _smooth(x, e):
 
 
 # A row of the table: log-probs and reference log-probs of the chosen (w) and rejected (l) sequence, their lengths, beta,
-# label smoothing, discopop_tau, simpo_gamma -> loss, dloss/dpw, dloss/dpl. The formulas are those of losses.py.
+# label smoothing, discopop_tau, simpo_gamma -> loss, dloss/dpw, dloss/dpl. The formulas are those of loss_table.py.
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def _apo_down(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
 def _discopop(pw, pl, rw, rl, nw, nl, b, e, tau, gamma):
     x = b * ((pw - rw) - (pl - rl))
     ls, up, down = _log_sigmoid(x), _sigmoid(x / tau), _sigmoid(-x / tau)
-    # m exp(-x) is one exponential, flat past 80 as in losses.py.
+    # m exp(-x) is computed as one exponential, which is flat past 80 as in loss_table.py.
     exponent = _log_sigmoid(x / tau) - x
     bump = tl.exp2(tl.minimum(exponent, 80.0) * LOG2E)
     g = up * down * ls / tau - down * _sigmoid(-x) + tl.where(exponent <= 80.0, bump * (down / tau - 1.0), 0.0)
@@ -183,10 +183,10 @@ PAIR_LOSSES = {
 
 @triton.jit
 def _sum_sequence(row_logps_ptr, targets_ptr, bounds_ptr, ignore_index, ROWS: tl.constexpr):
-    """Sum of the log-probs of a sequence's scored rows, and how many they are (at least 1)."""
-    # The bounds are loaded again: kept since the ticket began, they would cost the row loop registers.
+    """The sum of the log-probs of a sequence's scored rows, and the number of those rows (at least 1)."""
+    # The bounds are loaded again here: keeping them since the ticket began would cost registers in the row loop.
     first, last = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
-    # As exact as the sums of the other ops: equal models give equal numbers, with and without a gradient.
+    # The sum is in float64 as in the other ops, so that equal models give equal numbers, with and without a gradient.
     logps = tl.zeros([ROWS], tl.float64)
     scored = tl.zeros([ROWS], tl.int32)
     for start in range(first, last, ROWS):
@@ -221,7 +221,7 @@ def _finish_pair(
 
 @triton.jit
 def _largest_pair(cu_ptr, B, THREADS: tl.constexpr):
-    """Rows of the pair that has most."""
+    """The number of rows of the largest pair."""
     largest = tl.zeros([THREADS], tl.int32)
     for start in range(0, B, THREADS):
         pairs = start + tl.arange(0, THREADS)
@@ -254,7 +254,8 @@ def _dpo_kernel(
     LOSS: tl.constexpr, HAS_REF: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
     EDGES: tl.constexpr, OUT_ALIGNED: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    # Places: pair by pair, its chosen rows, its rejected rows and one without a row, so that an empty pair is done too.
+    # Places are numbered pair by pair: its chosen rows, its rejected rows, and one place without a row, so that a pair
+    # without rows is completed too.
     split = tl.load(cu_ptr + B)
     places = N + B
     lead = tl.minimum(_largest_pair(cu_ptr, B, THREADS) + 1 + (tl.num_programs(0) + 1) // 2, places)
@@ -304,13 +305,13 @@ def _dpo_kernel(
         elif has_row:
             coef = 0.0
             if target != ignore_index:
-                # Rows, the place without one, and the published coefficients: the count of a finished pair.
+                # The count of a finished pair: its rows, the place without a row, and the published coefficients.
                 while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < chosen + rejected + 2:
                     pass
                 tl.debug_barrier()
                 coef = tl.load(coef_ptr + tl.where(is_chosen, pair, B + pair), cache_modifier=".cg")
             if coef != 0:
-                # A target outside the vocabulary made the coefficient NaN.
+                # A target outside the vocabulary has already made the coefficient NaN.
                 target, _ = checked(target, V)
                 top = tl.load(top_ptr + row, cache_modifier=".cg")
                 log_total = tl.load(log_total_ptr + row, cache_modifier=".cg")
@@ -329,10 +330,11 @@ def dpo_fused(
 ):  # fmt: skip
     """Losses [B], log-probs [2B] (chosen, then rejected; float32) and the gradient `out` [N, V] of pairs of sequences.
 
-    Sequence s scores rows cu_rows[s] to cu_rows[s + 1] of logits [N, V]; cu_rows is int32 [2B + 1] from 0 to N.
-    `loss_type` is one of PAIR_LOSSES; `ref_logps` is [2B] or None. `out` is grad_scale (a float, or a tensor of one number) times
-    d losses.sum() / d logits, in the type of logits; it may be `logits`. Rows whose target is `ignore_index` are not
-    read, and zero in `out`; a pair with another target outside [0, V) is NaN. `programs_per_sm` is a key of PROGRAM_SIZES.
+    Sequence s has the rows cu_rows[s]:cu_rows[s + 1] of logits [N, V]; cu_rows is int32 [2B + 1] from 0 to N.
+    `loss_type` is one of PAIR_LOSSES; `ref_logps` is [2B] or None. `out` is grad_scale (a float, or a tensor of one
+    number) times d losses.sum() / d logits, in the type of logits; it may be `logits`. Rows whose target is
+    `ignore_index` are not read and are zero in `out`. A target that is outside [0, V) and not ignored makes its pair NaN.
+    `programs_per_sm` is a key of PROGRAM_SIZES.
     """
     check_rows(logits, targets)
     check_rows(out, targets)
@@ -353,6 +355,6 @@ def dpo_fused(
         float(beta), float(label_smoothing),
         float(discopop_tau), float(simpo_gamma),
         LOSS=PAIR_LOSSES[loss_type], HAS_REF=ref_logps is not None, SCALE_IS_TENSOR=scale_is_tensor,
-        **row_layout(logits, out), **row_blocks(V, logits.dtype, **PROGRAM_SIZES[programs_per_sm]),
+        **row_layout(logits, out), **block_sizes(V, logits.dtype, **PROGRAM_SIZES[programs_per_sm]),
     )  # fmt: skip
     return losses, logps, out

@@ -1,12 +1,12 @@
-"""Log-probs of target words from logits [N, V], their gradient, and both in one launch for a head's own tile.
+"""Log-probs of targets from logits [N, V], their gradient, and both in one launch for a head's tile of logits.
 
     logps_fwd   logp = x[target] - logsumexp(x)                         1 read of the scored rows
     logps_bwd   out = coef * (onehot - softmax(x)) * dx/draw            1 read, 1 write
     residual_   logp, and the row becomes (onehot - softmax) * dx/draw  1 read from memory, 1 from L2, 1 write
-    scale_      a gradient times the one number backward() brings       nothing where it is 1, else 1 read, 1 write
+    scale_      a gradient times the one number that backward() gets    nothing where it is 1, else 1 read, 1 write
 
-One program works on one row (rows.py). Rows whose target is ignored, or whose coefficient is 0, are not read; a target
-outside [0, V) that is not ignored reads nothing outside its row, and its log-prob and gradient are NaN.
+One program works on one row (rows.py). Rows whose target is ignored, or whose coefficient is 0, are not read. A target
+that is outside [0, V) and not ignored reads nothing outside its row; its log-prob and gradient are NaN.
 Autograd is in ops/, the choice of a back end in backends/.
 """
 
@@ -14,13 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import checked, reduce_row, row_blocks, row_layout, row_transform, transform, write_gradient, write_zeros
+from .rows import block_sizes, checked, reduce_row, row_layout, row_transform, transform, write_gradient, write_zeros
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 def check_rows(logits: torch.Tensor, targets: torch.Tensor) -> None:
-    """Refuse a type of logits [N, V] that has no kernels; that shapes fit is the caller's business, and asserted."""
+    """Raise ValueError for a type of logits [N, V] without kernels. Callers have checked the shapes, which are asserted."""
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"logits are {logits.dtype}: the Triton kernels take bfloat16, float16 or float32")
     assert (logits.ndim, targets.shape) == (2, logits.shape[:1]), (logits.shape, targets.shape)
@@ -57,7 +57,7 @@ def _logps_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     start = row * stride_n
     target = tl.load(targets_ptr + row)
-    # What an ignored row stores: x[target] = top = 0 and log_total = 0 make its log-prob 0.
+    # An ignored row stores these zeros: x[target] = top = 0 and log_total = 0 make its log-prob 0.
     zero = 0.0
     picked, top, log_total, entropy, x_sum, log_sum_sq = zero, zero, zero, zero, zero, zero
     scored = target != ignore_index
@@ -84,7 +84,7 @@ def logps_fwd(logits, targets, *, ignore_index=-100, scale=1.0, softcap=None, te
     logps, lse = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
     stats = _statistics(N, logits.device, outputs)
     if N:
-        blocks = row_blocks(V, logits.dtype, loads=_loads(outputs, softcap))
+        blocks = block_sizes(V, logits.dtype, loads=_loads(outputs, softcap))
         _logps_fwd_kernel[(N,)](
             logits, targets, logps, lse, *(stats.get(name, logps) for name in OUTPUTS),
             logits.stride(0), V, ignore_index, temperature=float(temperature),
@@ -120,8 +120,8 @@ def logps_bwd(
 ) -> torch.Tensor:
     """out[n] = coef[n] * d logp[n] / d logits[n], [N, V]; `out` may be `logits`. Returns `out`.
 
-    `lse` and `coef` are float32 [N]. Rows that are ignored or have a coefficient of 0 are zero and are not read. The
-    probabilities carry the rounding of lse, 6e-8 * |lse|.
+    `lse` and `coef` are float32 [N]. Rows that are ignored or have a coefficient of 0 are not read, and their gradient is
+    zero. The probabilities have a relative error of 6e-8 * |lse|, from the rounding of lse.
     """
     check_rows(logits, targets)
     check_rows(out, targets)
@@ -131,7 +131,7 @@ def logps_bwd(
         _logps_bwd_kernel[(N,)](
             logits, targets, lse, coef, out, logits.stride(0), out.stride(0), V, ignore_index,
             **row_transform(scale, softcap, temperature), **row_layout(logits, out),
-            **row_blocks(V, logits.dtype, loads=_loads((), softcap)),
+            **block_sizes(V, logits.dtype, loads=_loads((), softcap)),
         )  # fmt: skip
     return out
 
@@ -172,24 +172,24 @@ def _residual_kernel(
 def residual_(
     logits, targets, *, ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, outputs=(), programs_per_sm=2
 ):
-    """Log-probs [N] and statistics, as `logps_fwd`; each row of logits [N, V] becomes d logp / d logits:
-    (onehot - softmax) * scale / temperature * (1 - tanh^2), zero where the target is ignored.
+    """Log-probs [N] and statistics as in `logps_fwd`; each row of logits [N, V] is overwritten with d logp / d logits:
+    (onehot - softmax) * scale / temperature * (1 - tanh^2), or zero where the target is ignored.
 
-    `programs_per_sm` is 2, or 1: then half as many rows are between their two reads at a time, and more of the second
-    reads can come from L2. Not measured yet.
+    `programs_per_sm` is 2 or 1. With 1, half as many rows are between their two reads at a time, and more of the second
+    reads can come from L2. Neither choice has been measured yet.
     """
     check_rows(logits, targets)
     N, V = logits.shape
     logps = torch.empty(N, dtype=torch.float32, device=logits.device)
     stats = _statistics(N, logits.device, outputs)
     if N:
-        # The tile of an output layer may have no more rows than a GPU has SMs: twice the warps per row keep as many
-        # loads in flight.
+        # A tile of logits may have no more rows than a GPU has SMs; twice the warps per row then keep as many loads in
+        # flight.
         if programs_per_sm == 2:
-            blocks = row_blocks(V, logits.dtype, warps=16, loads=_loads(outputs, softcap))
+            blocks = block_sizes(V, logits.dtype, warps=16, loads=_loads(outputs, softcap))
         else:
             assert programs_per_sm == 1, programs_per_sm
-            blocks = row_blocks(V, logits.dtype, warps=32, loads=2, registers=64)
+            blocks = block_sizes(V, logits.dtype, warps=32, loads=2, registers=64)
         _residual_kernel[(N,)](
             logits, targets, logps, *(stats.get(name, logps) for name in OUTPUTS),
             logits.stride(0), V, ignore_index, temperature=float(temperature),
@@ -212,21 +212,21 @@ def _scale_kernel(x_ptr, factor_ptr, parts, stride, length, BLOCK: tl.constexpr)
 
 
 def scale_(x, factor):
-    """x *= factor for a factor of one element on the device of x; reads no more than the factor where that is 1.
+    """x *= factor for a factor of one element on the device of x; only the factor is read where it is 1. Returns x.
 
-    x is contiguous, or each x[i] is, or its rows follow each other with gaps (`logits[..., :V]`). Returns x.
+    x must be contiguous, or each x[i] must be, or its rows must follow each other with equal gaps (`logits[..., :V]`).
     """
     if x.numel():
         x_parts, block = _as_parts(x), 8192
         parts, length = x_parts.shape
-        # Enough programs for 64 KB in flight per SM on the largest GPUs, and few to start where the factor is 1.
+        # These are enough programs for 64 KB in flight per SM on the largest GPUs, and few to start where the factor is 1.
         programs = min(1024, parts * triton.cdiv(length, block))
         _scale_kernel[(programs,)](x, factor, parts, x_parts.stride(0), length, BLOCK=block, num_warps=8)
     return x
 
 
 def _as_parts(x) -> torch.Tensor:
-    """A view [parts, length] of x whose parts are as long as its strides allow."""
+    """A view [parts, length] of x with parts as long as its strides allow."""
     if x.is_contiguous():
         return x.view(1, -1)
     return x.flatten(1) if x[0].is_contiguous() else x.view(-1, x.shape[-1])
@@ -238,7 +238,7 @@ def _statistics(N, device, outputs) -> dict[str, torch.Tensor]:
 
 
 def _loads(outputs, softcap) -> int:
-    # Statistics and soft-capping need registers: with four loads in flight per thread sm_100 spills.
+    # Statistics and soft-capping need registers: with four loads in flight per thread, code for sm_100 spills.
     return 2 if outputs or softcap is not None else 4
 
 

@@ -1,8 +1,8 @@
 """What the row kernels share: one program works on one row of logits, x [V], wherever it lies in memory.
 
-A row is read in blocks of [K, THREADS, VEC] words: each thread holds K vectors of VEC words (16 bytes, one load), so its
-running maximum and sums stay in its own registers, with no barrier until the row ends, and cost one exponential a word
-and one a block.
+A row is read in blocks of [K, THREADS, VEC] words: each thread holds K vectors of VEC words (16 bytes, one load). So its
+running maximum and sums stay in its own registers, there is no barrier until the row ends, and the cost is one exponential
+per word and one per block.
 
     word       x = raw * a, or cap * tanh(raw * a) with soft-capping; temperature and scale are in `a` and `cap`
     thread     m = max x, s = sum exp(x - m), and for the statistics sum exp(x - m) (x - m), sum exp(2 (x - m)), sum x
@@ -10,8 +10,8 @@ and one a block.
                `x - (top + log_total)` rounds away when the logits are far from zero
     gradient   coef * (onehot - exp(x - top - log_total)) * dx/draw
 
-An odd V puts rows at odd addresses. Then only the words of whole 16-byte vectors go through blocks, and the few before and
-after them (the edges) join when the row ends. Otherwise every load of such a row would be two bytes wide.
+An odd V puts rows at odd addresses. Then only the words in whole 16-byte vectors go through blocks, and the few before and
+after them (the edges) are added when the row ends. Without this every load of such a row would be two bytes wide.
 """
 
 import torch
@@ -22,26 +22,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-def row_blocks(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4, registers: int = 80) -> dict[str, int]:
+def block_sizes(V: int, dtype: torch.dtype, warps: int = 8, loads: int = 4, registers: int = 80) -> dict[str, int]:
     """Block sizes and launch options for rows of V words: at most `warps` warps per row, `loads` loads in flight and
     `registers` registers per thread.
 
-    No number here is measured yet: no GPU was at hand. The reasons are counts.
+    The numbers follow from counts of registers and loads; none has been measured on a GPU yet.
     """
     vec = 16 // dtype.itemsize
-    # Threads beyond a block of the row would idle.
+    # Threads past the end of the row would idle.
     while warps > 1 and loads * 32 * vec * warps > V:
         warps //= 2
     # 80 registers let three programs of eight warps share an SM: with four loads per thread 48 KB are in flight.
-    # Left alone, ptxas takes up to 126 for the one launch.
+    # Without a limit, ptxas takes up to 126 for the kernel of dpo_fused.
     sizes = {"VEC": vec, "K": loads, "THREADS": 32 * warps, "num_warps": warps, "maxnreg": registers}
-    # `raw * a - top` in one rounding is not 0 for the largest word, whose product was rounded for `top`: where words are
-    # bfloat16's lowest, the difference times the exponent's factor overflows, and inf * 0 is NaN.
+    # With fusion, `raw * a - top` is rounded once and is not 0 for the largest word, whose product was rounded for `top`.
+    # Where words are bfloat16's lowest, that difference times the exponent's factor overflows, and inf * 0 is NaN.
     return {**sizes, "enable_fp_fusion": False}
 
 
 def row_layout(x: torch.Tensor, out: torch.Tensor | None = None) -> dict[str, bool]:
-    """EDGES: a row of x or out, both [N, V], can start or end inside a 16-byte vector. OUT_ALIGNED: never one alone."""
+    """EDGES: a row of x or out, both [N, V], can start or end inside a 16-byte vector. OUT_ALIGNED: x and out do so alike."""
     vec = 16 // x.element_size()
     strides = [t.stride(0) for t in (x, out) if t is not None]
     edges = any(n % vec for n in (x.shape[1], *strides))
@@ -57,6 +57,7 @@ def row_transform(scale: float, softcap: float | None, temperature: float) -> di
 
 @triton.jit
 def transform(raw, a, cap, SOFTCAP: tl.constexpr):
+    """The transformed logits of raw words, in float32."""
     x = raw.to(tl.float32) * a
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1): exact at both infinities
@@ -66,14 +67,14 @@ def transform(raw, a, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def checked(target, V):
-    """A target as an address inside the row, and what its log-prob gains: 0, or NaN for a target outside [0, V)."""
+    """A target as an address inside the row, and a term for its log-prob: 0, or NaN for a target outside [0, V)."""
     inside = (target >= 0) & (target < V)
     return tl.where(inside, target, 0), tl.where(inside, 0.0, float("nan"))
 
 
 @triton.jit
 def span(row_start, V, VEC: tl.constexpr, EDGES: tl.constexpr):
-    """The first word of a whole vector, as offset from the pointer; words before it; words in whole vectors."""
+    """The offset of the first word in a whole vector, the number of words before it, and the number in whole vectors."""
     if EDGES:
         first = (row_start + (VEC - 1)) // VEC * VEC
         head = tl.minimum(first - row_start, V).to(tl.int32)
@@ -84,33 +85,33 @@ def span(row_start, V, VEC: tl.constexpr, EDGES: tl.constexpr):
 
 @triton.jit
 def edge_columns(head, body, VEC: tl.constexpr):
-    """The columns before and after the whole vectors: [0, head) and [head + body, V); those >= V do not exist."""
+    """The columns before and after the whole vectors: [0, head) and [head + body, V); columns >= V must be masked."""
     i = tl.arange(0, 2 * VEC)
     return tl.where(i < head, i, i + body)
 
 
 @triton.jit
 def block_offsets(VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr):
-    """[K, THREADS, VEC], 0 to K * THREADS * VEC - 1."""
+    """The offsets [K, THREADS, VEC] of the words of a block, from 0 to K * THREADS * VEC - 1."""
     loads, threads, words = tl.arange(0, K), tl.arange(0, THREADS), tl.arange(0, VEC)
     return (loads[:, None, None] * THREADS + threads[None, :, None]) * VEC + words[None, None, :]
 
 
 @triton.jit
 def _thread_sum(x):
-    """[K, THREADS, VEC] -> [THREADS]"""
+    """The sum per thread, [K, THREADS, VEC] -> [THREADS]."""
     return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def _add(x, m, s, ts, qs, xs, keep, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SUM_SQ: tl.constexpr):
-    """A block x into the threads' running values; x is -inf where `keep` is false."""
+    """Add a block x to the threads' running values; x is -inf where `keep` is false."""
     m_new = tl.maximum(m, tl.max(tl.max(x, 2), 0))
     shifted = x - m_new[None, :, None]
     e = tl.exp2(shifted * LOG2E)
     alpha = tl.exp2((m - m_new) * LOG2E)
     if ENTROPY:
-        # A masked word has e = 0 and shifted = -inf; a thread of masked words only has alpha = 0. Their products are 0.
+        # A masked word has e = 0 and shifted = -inf; a thread with masked words only has alpha = 0. Both products must be 0.
         ts = tl.where(alpha > 0, alpha * (ts + s * (m - m_new)), 0.0) + _thread_sum(tl.where(e > 0, e * shifted, 0.0))
     if SUM_SQ:
         qs = alpha * alpha * qs + _thread_sum(e * e)
@@ -125,7 +126,7 @@ def reduce_row(
     ENTROPY: tl.constexpr, MEAN: tl.constexpr, SUM_SQ: tl.constexpr,
     EDGES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One read of a row: top, log_total, and (where asked for) entropy, sum of x, log of the sum of p^2."""
+    """Read a row once: its top, log_total, and (where asked for) entropy, sum of x, and log of the sum of p^2."""
     BLOCK: tl.constexpr = K * THREADS * VEC
     block = block_offsets(VEC, K, THREADS)
     m = tl.full([THREADS], LOWEST, tl.float32)
@@ -176,7 +177,7 @@ def reduce_row(
 
 @triton.jit
 def _slope(raw, hit, coef, top, log2_total, a, cap, SOFTCAP: tl.constexpr):
-    """coef * (hit - p) * (1 - tanh^2) of a word; hit is 1 for the target and 0 for all others."""
+    """coef * (hit - p) * (1 - tanh^2) of a word; hit is 1 for the target and 0 for all other words."""
     x = transform(raw, a, cap, SOFTCAP)
     g = coef * (hit - tl.exp2((x - top) * LOG2E - log2_total))
     if SOFTCAP:
@@ -190,7 +191,7 @@ def write_gradient(
     x_ptr, row_start, out_ptr, out_start, V, target, coef, top, log_total, a, cap, SOFTCAP: tl.constexpr,
     EDGES: tl.constexpr, OUT_ALIGNED: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One read and one write of a row: coef * d log p[target] / d raw. `out` may be the row itself."""
+    """Read a row once and write coef * d log p[target] / d raw. `out` may be the row itself."""
     BLOCK: tl.constexpr = K * THREADS * VEC
     block = block_offsets(VEC, K, THREADS)
     coef = coef * (a * cap)
@@ -202,7 +203,7 @@ def write_gradient(
     first, head, body = span(row_start, V, VEC, EDGES)
     out_first = out_start + head
     if OUT_ALIGNED:
-        # Changes nothing but tells the compiler so.
+        # This changes no value; it tells the compiler that the address is aligned.
         out_first = out_first // VEC * VEC
     full = body // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
@@ -219,13 +220,15 @@ def write_gradient(
         raw = tl.load(x_ptr + row_start + columns, mask=columns < V, other=0.0)
         g = _slope(raw, 0.0, coef, top, log2_total, a, cap, SOFTCAP)
         tl.store(out_ptr + out_start + columns, g.to(dtype), mask=columns < V)
-    # The target's word was written above by another thread: a comparison a word would cost half as much again.
+    # Another thread wrote the target's word above, so it is overwritten here: comparing every word would cost half as much
+    # again.
     tl.debug_barrier()
     tl.store(out_ptr + out_start + target, at_target.to(dtype))
 
 
 @triton.jit
 def write_zeros(out_ptr, out_start, V, EDGES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr):
+    """Write zeros to a row."""
     BLOCK: tl.constexpr = K * THREADS * VEC
     block = block_offsets(VEC, K, THREADS)
     dtype = out_ptr.dtype.element_ty

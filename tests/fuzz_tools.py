@@ -1,4 +1,4 @@
-"""What the fuzz tests share: values, layouts, strategies, and the error that rounding brings to an ill-conditioned case.
+"""What the fuzz tests share: values, layouts, strategies, and the error that rounding causes in an ill-conditioned case.
 
 To the floor of the rule in op_tools.py comes what is known: a logit z to eps * |z|, a sequence's log-prob to eps times itself.
 Losses are evaluated that far away.

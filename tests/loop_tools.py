@@ -11,12 +11,12 @@ from dpo_fast.loop.settings import AnnotateSection, GenerateSection, Settings
 
 
 def vowels(prompt, completion):
-    """The judge: how many characters of the completion are among the first half of the alphabet."""
+    """The judge, which counts the characters of the completion that are in the first half of the alphabet."""
     return sum(c.lower() in "abcdefghijklm" for c in completion) / (1 + len(completion))
 
 
 def make_folder(folder: Path) -> Path:
-    """A model and prompts below `folder`."""
+    """Write a model and prompts below `folder`."""
     llama(vocab_size=259, dtype=torch.float32, num_hidden_layers=1, bos_token_id=0, eos_token_id=1).save_pretrained(
         folder / "model"
     )
@@ -27,7 +27,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def settings(folder: Path, output: Path, **changes) -> Settings:
-    """Two rounds, four prompts held out."""
+    """Settings of two rounds with four prompts held out."""
     train = {
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 8,

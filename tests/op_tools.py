@@ -14,12 +14,12 @@ from dpo_fast.losses import preference_loss
 HALF = [torch.bfloat16, torch.float16]
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 if os.environ.get("TRITON_INTERPRET") == "1":
-    # Triton's interpreter rounds to bfloat16 toward zero, a GPU to nearest: twice the error, once a stored number.
+    # Triton's interpreter rounds to bfloat16 toward zero and a GPU to nearest, so each stored number has twice the error.
     FLOORS[torch.bfloat16] += 2**-8
 
 
 def back_ends() -> list[str]:
-    """Those that take CPU tensors: torch, and triton under TRITON_INTERPRET=1."""
+    """The back ends that take CPU tensors: torch, csrc where it is built, and triton under TRITON_INTERPRET=1."""
     found = []
     for name in ("torch", "triton", "csrc"):
         try:
@@ -38,7 +38,7 @@ ON_GPU = (
 
 
 def moved(op, device):
-    """`op` on `device` for tensors of the CPU: they are moved there, and what comes back is moved here, with gradients."""
+    """`op` on `device` for tensors of the CPU: they are moved there, and the results are moved back, with gradients."""
 
     def to(x, where):
         if isinstance(x, torch.Tensor):
@@ -61,7 +61,7 @@ def moved(op, device):
 
 @pytest.fixture(params=[*back_ends(), *ON_GPU])
 def backend(request, monkeypatch):
-    """A back end's name; where it is to run on a GPU, the test's ops take their tensors there and back."""
+    """A back end's name; for one on a GPU, the test's ops move their tensors there and back."""
     name, _, device = request.param.partition(" on ")
     if device:
         for op in OPS:
@@ -72,7 +72,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def table():
-    """The table of back ends, for a test to add some; what is loaded is forgotten before and after."""
+    """The table of back ends, to which a test may add some; loaded back ends are forgotten before and after."""
     before = dict(backends.BACKENDS)
     backends._load.cache_clear()
     yield backends.BACKENDS
@@ -112,7 +112,7 @@ def missing(table):
 
 @pytest.fixture
 def poison():
-    """Uninitialised memory is NaN: what an op forgets to write shows."""
+    """Uninitialised memory is NaN, so that entries which an op forgets to write show."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -120,7 +120,7 @@ def poison():
 
 
 def small_tiles(patch, size: int) -> None:
-    """The output layer works on tiles of `size` bytes, of any number of rows."""
+    """Have the output layer work on tiles of `size` bytes, of any number of rows."""
     patch.setitem(eager.TILE_BYTES, "cpu", size)
     patch.setattr(eager, "ROW_STEP", 1)
 

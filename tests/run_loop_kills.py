@@ -35,7 +35,7 @@ MOMENTS = {
 
 
 def forked(function) -> int:
-    """Exit status of `function()` in a child, negative for a signal."""
+    """The exit status of `function()` in a child process, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
@@ -58,7 +58,7 @@ def deadly(owner, name: str, call: int) -> None:
 
 
 def state(folder: Path) -> dict[str, str]:
-    """Digests of what a loop computed; candidates may stand in another order, and labels carry the time."""
+    """Digests of a loop's results; the order of candidates and the time of labels do not count."""
     found = {}
     for path in sorted(folder.glob("loop/**/*")):
         if path.name in (

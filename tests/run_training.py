@@ -20,7 +20,7 @@ from dpo_fast.training.checkpoint import complete_checkpoints
 
 
 def kill_while_saving(kill_at: int) -> None:
-    """SIGKILL to ourselves at the `kill_at`-th file that is opened for writing in a checkpoint folder of step 4."""
+    """Kill this process at the `kill_at`-th file that is opened for writing in a checkpoint folder of step 4."""
     seen = 0
 
     def hook(event, args):
@@ -34,7 +34,7 @@ def kill_while_saving(kill_at: int) -> None:
 
 
 class KillOnce(TrainerCallback):
-    """SIGKILL to this process after `step`, the first time it comes so far: a file beside `out` remembers."""
+    """Kill this process after `step`, but only once: a file beside `out` remembers it."""
 
     def __init__(self, step: int, out: str):
         self.step, self.mark = step, Path(out + ".killed")

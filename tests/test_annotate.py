@@ -1,4 +1,4 @@
-"""The command and the page's server, without a browser: what it gives out, to whom, and what is refused."""
+"""The command and the page's server, without a browser: what it gives out, to whom, and what it refuses."""
 
 import json
 import os
@@ -151,7 +151,7 @@ def test_the_command_serves_until_the_labels_are_there(tmp_path):
         link = re.fullmatch(r"ann: (\S+)\n", running.stdout.readline())[1]
         state = json.loads(ask(f"{link}/next")[2])
         state = json.loads(ask(f"{link}/label", {"token": state["token"], "choice": "tie"})[2])
-        # Killed in the middle: what was said to be saved is there, and the link stays good.
+        # The server is killed in the middle: labels that it reported as saved are there, and the link stays good.
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
         running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])

@@ -26,7 +26,7 @@ def ancestors(forest):
 
 
 def brute_force(query, key, value, forest, scale, window=None, softcap=None, s_aux=None):
-    """One query row and one head at a time: [1, H, T, Dk] -> [1, H, T, Dv]."""
+    """Attention for one query row and one head at a time: [1, H, T, Dk] -> [1, H, T, Dv]."""
     seen = ancestors(forest)
     groups = query.shape[1] // key.shape[1]
     heads = []
@@ -147,7 +147,7 @@ def test_random_forests(sequences, window, softcap, sinks, cost):
 
 
 def test_windows_and_types_of_one_forest_do_not_mix():
-    """Layers of one model may differ in both; the masks are kept in the forest."""
+    """Layers of one model may differ in window and type, while the forest keeps the masks."""
     forest = tree("branch in a branch")
     first = [compare(forest, window) for window in (None, 2, 4)]
     again = [compare(forest, window) for window in (4, 2, None)]
@@ -242,7 +242,7 @@ def test_plain_calls(rows, sinks, softcap):
         exact = brute_force(q, k, v, forest, 0.3, None, softcap, s_aux)[:, :, -rows:]
         out, _ = forest_attention(_Layer(), q[:, :, -rows:], k, v, None, **options)
         torch.testing.assert_close(out.transpose(1, 2), exact)
-    # Left padding of two tokens: their rows see nothing, and must not put NaN into what others read.
+    # The left padding of two tokens sees nothing, and its rows must not put NaN into what others read.
     mask = torch.ones(7, 7, dtype=torch.bool).tril()
     mask[:, :2] = False
     out, _ = forest_attention(_Layer(), q, k, v, mask[None, None], **options)

@@ -1,6 +1,6 @@
-"""bench.gpu without a GPU: every part at toy sizes, and what becomes of rows when something fails, dies or hangs.
+"""bench.gpu without a GPU: every part at toy sizes, and the rows that remain when something fails, dies or hangs.
 
-The code is what runs on a GPU, but for torch.cuda, whose part is played by a stand-in (bench/clock.py).
+The code is the same as on a GPU, except that a stand-in replaces torch.cuda (bench/clock.py).
 """
 
 import dataclasses
@@ -411,7 +411,7 @@ class Simulated:
 
 @pytest.mark.parametrize("launches", [1, 10, 200])
 def test_python_is_not_counted(launches):
-    """100 us of Python and 10 us of the device for each launch: from idle Python shows, busy only the device."""
+    """A launch takes Python 100 us and the device 10 us: from an idle device Python's time shows, from a busy one it does not."""
     device = Simulated()
     timing = Clock("cuda", cuda=device)(lambda: [device.launch(100e-6, 10e-6) for _ in range(launches)])
     assert timing.seconds == pytest.approx(launches * 10e-6)

@@ -1,4 +1,4 @@
-"""`pytest --benchmark` collects the suites in bench/ and nothing else; plain `pytest` none of them."""
+"""`pytest --benchmark` collects the suites in bench/ and nothing else; plain `pytest` collects none of them."""
 
 import json
 import os

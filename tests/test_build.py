@@ -1,4 +1,4 @@
-"""setup.py where it cannot build the extension, what is said about it then, and what the source archive holds."""
+"""setup.py where it cannot build the extension, the messages then, and the contents of the source archive."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def says_loudly(done: subprocess.CompletedProcess, tmp_path: Path, why: str) -> None:
-    """The install goes on without it, and nobody can miss that."""
+    """The install goes on without the extension, and a message says so clearly."""
     assert done.returncode == 0, done.stdout + done.stderr
     assert "dpo_fast: the extension is not built" in done.stderr
     assert why in done.stderr
@@ -88,7 +88,7 @@ def test_info_names_a_missing_compiler(checkout, tmp_path):
 
 
 def test_a_file_that_cannot_be_loaded(checkout, tmp_path):
-    """As one built for another torch."""
+    """A back end whose import fails as one built for another torch does."""
     shutil.copytree(checkout / "dpo_fast", tmp_path / "dpo_fast")
     shutil.copytree(checkout / "kernels", tmp_path / "kernels")
     (tmp_path / "dpo_fast" / "_csrc.abi3.so").write_bytes(b"no library")

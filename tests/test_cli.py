@@ -36,7 +36,7 @@ def write(path: Path, rows: list) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a letter."""
+    """A tokenizer with one token per letter."""
     vocabulary = {"<s>": 0, "</s>": 1} | {chr(ord("a") + i): 2 + i for i in range(26)}
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="z"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
@@ -278,7 +278,7 @@ def test_inspect_data_needs_a_tokenizer_only(tmp_path, tokenizer, capsys):
 
 
 def test_a_run_of_three_steps(arguments, tmp_path):
-    """The model learns, is saved, loads again; nothing but the run is on the screen."""
+    """The model learns, is saved and loads again, and the screen shows only the run."""
     cache = ["--ref_cache_dir", str(tmp_path / "cache"), "--learning_rate", "1e-2"]
     done = start([*arguments, *cache, "--eval_strategy", "steps", "--eval_steps", "2", "--test_split_size", "0.3"])
     assert_clean(done)

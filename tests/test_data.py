@@ -1,4 +1,4 @@
-"""Reading files and layouts: what each layout becomes, what is refused and how it is said."""
+"""Reading files and layouts: what each layout becomes, what is refused, and the words of each refusal."""
 
 import gzip
 import json
@@ -243,7 +243,7 @@ BAD = [
     ({"instruction": "x", "output": "y"}, r"'output' must be a list of two, \[best, worst\]"),
     ({"instruction": 1, "output": ["x", "y"]}, "'instruction' and 'input' must be text"),
     ({"instruction": "x", "output": ["x", "y"], "history": [None]}, "'history' must be a list"),
-    (ranked(ranks=[0, 1]), "'ranks' must hold one number a completion: 4 completions"),
+    (ranked(ranks=[0, 1]), "'ranks' must hold one number per completion: 4 completions"),
     (ranked(scores=[0, 1, float("nan"), 2]), "'scores' must hold one number"),
     (ranked(preferred_pairs=[[0, 4]]), "'preferred_pairs' must be .* indices below: 4"),
     ({"prompt": "x", "completions": "y", "ranks": [0]}, "'completions' must be a list"),

@@ -42,8 +42,8 @@ def start(folder, name: str, processes: int, train=None, **changes) -> None:
         "per_device_train_batch_size": 8 // processes,
     }  # fmt: skip
     rows = options(folder / f"{name}_run", **{**defaults, **LOSS, **changes})
-    # 16 pairs are two steps an epoch (accelerate fills an uneven last step up with pairs of the first). Seven pairs to
-    # evaluate: the ranks cannot share them evenly. A loss that counts tokens needs the global count.
+    # 16 pairs are two steps per epoch (accelerate fills an uneven last step up with pairs of the first). The ranks cannot
+    # share the seven pairs for evaluation evenly. A loss that counts tokens needs the global count.
     spec = {
         "model": str(folder / "model"), "train": train or tiny.pairs(16), "eval": tiny.pairs(7, seed=5),
         "out": str(folder / name), "options": rows,

@@ -1,4 +1,4 @@
-"""Every example runs as its first lines say, on a tiny model, and stays short."""
+"""Every example runs as its first lines say, on a tiny model, and is short."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What goes wrong while a run lives: numbers that are not finite, full disks, signals, a second run in its folder."""
+"""Faults during a run: numbers that are not finite, full disks, signals, a second run in its folder."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def test_skipping_without_end_is_an_error(tmp_path):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 400 kB, in a mount namespace of its own; the command runs there."""
+    """Run a command where its folder is a file system of 400 kB, in a mount namespace of its own."""
 
     def run(code: str) -> subprocess.CompletedProcess:
         shell = f"mount -t tmpfs -o size=400k none {tmp_path} && exec {sys.executable} -c '{code}'"
@@ -166,7 +166,7 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tiny_disk):
         'except OSError as error: print("ERROR", error)\n'
         'print("WHOLE", [p.name for p in checkpoint.complete_checkpoints(folder / "run")])\n'
         'print("THERE", sorted(p.name for p in (folder / "run").glob("checkpoint-*")))\n'
-        'checkpoint.check_contents(checkpoint.resolve(True, folder / "run"))\n'
+        'checkpoint.check_contents(checkpoint.find_checkpoint(True, folder / "run"))\n'
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0].isupper())

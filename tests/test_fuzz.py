@@ -1,10 +1,10 @@
 """Random shapes, strides, values and options: every back end that runs here against float64, by the rule of op_tools.
 
-hypothesis draws a bounded number of cases, the same ones each time, and shrinks what fails. New ones, and many more:
+hypothesis draws a bounded number of cases, the same ones each time, and shrinks those that fail. This draws many new ones:
 
     python -m pytest tests/test_fuzz.py tests/test_fuzz_head.py --hypothesis-profile=long
 
-What was found is an `@example`. The ops that hold the head are in test_fuzz_head.py, what both share in fuzz_tools.py.
+Every case that failed once is an `@example`. The ops that hold the head are in test_fuzz_head.py; fuzz_tools.py is shared.
 """
 
 import torch

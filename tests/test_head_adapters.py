@@ -1,4 +1,4 @@
-"""Adapters on the head, in float64: log-probs and gradients are those of PEFT's own forward; what is no weight is refused."""
+"""Adapters on the head, in float64: log-probs and gradients equal PEFT's own forward; those that are no weight are refused."""
 
 import pytest
 import torch

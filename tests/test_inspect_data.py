@@ -129,7 +129,7 @@ def pairs_per_prompt(count):
     [{}, {"seed": 7}, {"data_seed": 3}, {"train_sampling_strategy": "sequential"}, {"max_tokens_per_batch": 110}],
 )
 def test_the_report_counts_what_training_computes(tmp_path, changes):
-    """An epoch of training: order, tokens and tokens saved are what was announced before."""
+    """The order, tokens and tokens saved of an epoch of training are those that the report announced."""
     import tiny
     from test_resume_agrees import options
 

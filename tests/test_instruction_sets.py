@@ -1,6 +1,6 @@
 """The extension's rows for each instruction set of this processor: their exponential to the last bits, and their threads.
 
-What runs in this process is the best set that the processor has; `test_lower_sets` runs this file and a part of the op
+This process runs the best set that the processor has; `test_lower_sets` runs this file and a part of the op
 tests again in a process of its own for each of the others.
 """
 

@@ -2,7 +2,7 @@
 
 On a GPU these tests run on CUDA tensors. Without one they are skipped here and run once more by
 `test_in_the_interpreter` in a process of its own with TRITON_INTERPRET=1, which must be set before triton is imported.
-The rule is STYLE.md's: an error of at most twice that of plain torch in the same type, plus 1e-5 (float32) or 1e-3.
+The rule: an error is at most twice that of plain torch in the same type, plus 1e-5 (float32) or 1e-3.
 """
 
 import functools
@@ -57,7 +57,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Uninitialised memory is NaN: what a kernel forgets to write shows."""
+    """Uninitialised memory is NaN, so that entries which a kernel forgets to write show."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -281,7 +281,7 @@ def test_blocks_fit():
     for v in (1, 100, 4096, 50257, 128256):
         for dtype in DTYPES:
             for warps in (8, 16):
-                b = rows.row_blocks(v, dtype, warps)
+                b = rows.block_sizes(v, dtype, warps)
                 assert b["THREADS"] == 32 * b["num_warps"]
                 assert b["num_warps"] == 1 or b["K"] * b["THREADS"] * b["VEC"] <= v
                 assert b["VEC"] * dtype.itemsize == 16

@@ -1,4 +1,4 @@
-"""Tokens that both sides of a pair have: out of the head's backward pass under a margin loss, and nothing else changes."""
+"""Tokens that both sides of a pair have leave the head's backward pass under a margin loss, and nothing else changes."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""From a name to a model: adapters on their base, vision-language classes on text, and one line for what is broken."""
+"""Loading a model by name: adapters on their base, vision-language classes on text, and one line for each broken file."""
 
 import json
 

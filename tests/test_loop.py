@@ -1,4 +1,4 @@
-"""The loop: its measures against plain computations, a run of two rounds, what is watched, and bad input."""
+"""The loop: its measures against plain computations, a run of two rounds, its warnings, and bad input."""
 
 import dataclasses
 import json

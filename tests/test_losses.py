@@ -133,7 +133,7 @@ def sigmoid(x):
 
 
 def rows(data):
-    """One tuple of Python floats a pair."""
+    """One tuple of Python floats per pair."""
     keys = [
         "chosen_logps",
         "rejected_logps",

@@ -26,7 +26,7 @@ def fp32_twin(model):
 
 
 def set_grads(model, step, like=None):
-    """Gradients of one sign a weight, in the dtype of the model (or of `like`), the same for every model."""
+    """Gradients with one sign per weight, in the dtype of the model (or of `like`), the same for every model."""
     generator = torch.Generator().manual_seed(99)
     jitter = torch.Generator().manual_seed(step)
     for p, q in zip(model.parameters(), (like or model).parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""Prompts out of every layout of the data, and what is said of rows without one."""
+"""Prompts from every layout of the data, and the errors for rows without one."""
 
 import json
 

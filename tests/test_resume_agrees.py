@@ -178,7 +178,7 @@ def test_runs_in_one_folder_are_told_apart(folder):
     trainer(folder, max_steps=3, save_steps=1, save_total_limit=1).train()
     whole = [path.name for path in checkpoint.complete_checkpoints(folder / "run")]
     assert whole == ["checkpoint-200", "checkpoint-3"]
-    assert checkpoint.resolve(True, folder / "run").endswith("checkpoint-3")
+    assert checkpoint.find_checkpoint(True, folder / "run").endswith("checkpoint-3")
 
 
 def test_a_checkpoint_is_refused_before_the_reference_is_computed(folder, monkeypatch):

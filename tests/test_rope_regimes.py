@@ -1,4 +1,4 @@
-"""Rotary positions that depend on the row's length: a row's log-probs are its own, whatever lies beside it."""
+"""Rotary frequencies that depend on the row's length: a row's log-probs do not depend on the rows beside it."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The extension's part for the processor under AddressSanitizer and UBSan: the op tests and the fuzz, and what they catch.
+"""The extension's CPU part under AddressSanitizer and UBSan: the op tests and the fuzz tests, and what they catch.
 
 setup.py builds it once more, into a folder of its own, with a compiler that is a script: c++ and the sanitizers' flags. A
 process that begins with their libraries loads that build as `dpo_fast._csrc` and then runs pytest.

@@ -1,4 +1,4 @@
-"""The order of tickets of the CUDA one launch (csrc/cuda/tickets.h), compiled for the processor and counted by force."""
+"""The order of tickets of CUDA's dpo_fused (csrc/cuda/tickets.h), compiled for the CPU and enumerated."""
 
 import ctypes
 import pathlib

@@ -50,7 +50,7 @@ def make_tokenizer(bos=True, template=None):
 
 
 def letters(bos=True):
-    """One token a character: ids can be counted by hand. <s> is 0, </s> is 1, 'a' is 2, 'b' is 3, ..."""
+    """One token per character, so that ids can be counted by hand. <s> is 0, </s> is 1, 'a' is 2, 'b' is 3, ..."""
     vocab = {"<s>": 0, "</s>": 1} | {chr(ord("a") + i): 2 + i for i in range(26)} | {" ": 28}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=" "))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")

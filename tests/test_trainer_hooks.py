@@ -1,4 +1,4 @@
-"""What a user of the trainer may rely on: `compute_loss` is the hook, TRL's names exist, a run can be planned first."""
+"""Users of the trainer may rely on this: `compute_loss` is the hook, TRL's names exist, a run can be planned first."""
 
 import pytest
 import tiny

@@ -1,4 +1,4 @@
-"""Values that a run would accept and waste are errors when the options are made; what is shown of a run is readable."""
+"""Values that would waste a run are errors when the options are made; the output of a run is readable."""
 
 import pytest
 

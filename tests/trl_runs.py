@@ -14,7 +14,7 @@ IGNORED = {"epoch", "step", "train_runtime", "train_samples_per_second", "train_
 
 
 def tokenizer():
-    """A word per token, all of one width, so that the ids of a text are known."""
+    """A tokenizer with one token per word, all words of one width, so that the ids of a text are known."""
     words = Tokenizer(models.WordLevel({f"t{i:02}": i for i in range(tiny.VOCABULARY)}, unk_token="t00"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t00", eos_token="t02", unk_token="t00")

@@ -1,6 +1,6 @@
-// The ops on a processor: rows in parallel, each by one thread, so that results do not depend on how many there are.
+// The ops on a CPU: rows run in parallel, each on one thread, so that results do not depend on the number of threads.
 //
-//   logps_fwd   1 read of the scored rows                 residual_   1 read, 1 write, in the cache for a row that fits it
+//   logps_fwd   1 read of the scored rows                 residual_   1 read, 1 write (a row that fits the cache stays there)
 //   logps_bwd   1 read, 1 write                           dpo_fused   2 reads, 1 write
 
 #include <ATen/ATen.h>
@@ -38,7 +38,7 @@ struct InstructionSet {
 const InstructionSet& chosen() {
   static const InstructionSet found = []() -> InstructionSet {
 #if defined(__x86_64__)
-    // torch's own choice; the environment variable ATEN_CPU_CAPABILITY lowers it.
+    // This is torch's own choice, which the environment variable ATEN_CPU_CAPABILITY can lower.
     const std::string most = at::get_cpu_capability();
     if (most == "AVX512") return {"AVX512", rows_avx512()};
     if (most == "AVX2") return {"AVX2", rows_avx2()};
@@ -57,7 +57,7 @@ const RowKernels& row_kernels(at::ScalarType dtype) {
   }
 }
 
-// Rows of logits, and where their words are.
+// Rows of logits and their targets: where the words are, and the kernels of their type.
 struct Logits {
   Logits(const Tensor& x, const Tensor& target_ids)
       : data(static_cast<char*>(x.data_ptr())), N(x.size(0)), V(x.size(1)), dtype(x.scalar_type()),
@@ -70,7 +70,7 @@ struct Logits {
   char* row(int64_t n) const { return data + n * stride; }
 
   bool inside(int64_t n) const { return targets[n] >= 0 && targets[n] < V; }
-  // The word of a row's target, or word 0 where there is none: nothing outside the row is touched.
+  // The word of a row's target, or word 0 for a target outside the row, so that nothing outside it is touched.
   int64_t target(int64_t n) const { return inside(n) ? targets[n] : 0; }
 
   float at(int64_t n, int64_t v) const {
@@ -105,8 +105,8 @@ struct Softmax {
                   float(softcap ? *softcap / temperature : 1.0), softcap.has_value()},
         slope(scale / temperature), temperature(temperature) {}
 
-  // z - shift of a row's target, to the bit what the row's sums hold for it: tanh is not the same in every library.
-  // NaN for a target outside the row.
+  // z - shift of a row's target, with the same bits as in the row's sums: tanh differs between libraries, so the row's
+  // kernel computes it. It is NaN for a target outside the row.
   float at_target(const Logits& x, int64_t n, float shift) const {
     return x.inside(n) ? x.kernels.distance(x.row(n) + x.target(n) * x.size, transform, shift) : NAN;
   }
@@ -121,7 +121,7 @@ struct Softmax {
   float slope, temperature;
 };
 
-// Rows with and without a target: each kind is spread evenly over the threads.
+// The rows with a scored target and the ignored ones, apart, so that each kind is spread evenly over the threads.
 std::pair<Rows, Rows> sorted_rows(const Logits& x, int64_t ignore_index) {
   Rows scored, ignored;
   for (int64_t n = 0; n < x.N; n++) (x.targets[n] == ignore_index ? ignored : scored).push_back(n);
@@ -135,7 +135,7 @@ void each(const Rows& rows, F f) {
   });
 }
 
-// The log-prob of a row's target; NaN where the row holds NaN, +inf or nothing but -inf, or has no such word.
+// The log-prob of a row's target. It is NaN where the row holds NaN, +inf or only -inf, or the target is outside it.
 float log_prob(const RowSums& sums, float below_top) {
   return std::isfinite(sums.top) ? float(below_top - std::log(double(sums.total))) : NAN;
 }
@@ -148,8 +148,8 @@ void write_statistics(float* out, int64_t n, const RowSums& sums, const Logits& 
   out[3 * x.N + n] = std::log(double(sums.squares)) - 2 * log_total; // log_sum_sq_probs
 }
 
-// out = factor * (onehot - softmax) * dz/dx over slope, where softmax = exp(z - shift) * weight and `rest` is one minus
-// that of the target.
+// out = factor * (onehot - softmax) * bend, where softmax = exp(z - shift) * weight and `rest` is 1 minus the softmax of
+// the target; `factor` holds the slope.
 void write_gradient(const Logits& x, const Logits& out, int64_t n, const Softmax& softmax, float shift, float weight,
                     float rest, float factor) {
   if (factor == 0) {
@@ -166,8 +166,8 @@ void write_gradient(const Logits& x, const Logits& out, int64_t n, const Softmax
   }
 }
 
-// A gradient is fresh memory, which the kernel hands out 4 KB at a time unless it is asked for more: that takes longer
-// than the gradient's computation.
+// A gradient is fresh memory. The operating system would provide it in pages of 4 KB, which takes longer than computing
+// the gradient; this asks for pages of 2 MB.
 void prefer_huge_pages(const Tensor& out) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 2 << 20;
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
     coef[w] = found.gw * factor, coef[l] = found.gl * factor;
   }
 
-  // From the last row to the first: the rows read last are still in the cache.
+  // The gradient goes from the last row to the first, since the rows read last are still in the cache.
   std::reverse(scored.begin(), scored.end());
   each(scored, [&](int64_t n) {
     const int64_t s = std::upper_bound(bounds, bounds + 2 * B + 1, n) - bounds - 1;

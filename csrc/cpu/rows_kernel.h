@@ -1,7 +1,8 @@
-// One row of logits, vectorised with at::vec; included once for each instruction set, with CPU_CAPABILITY set.
+// The functions of one row of logits, vectorised with at::vec. Each instruction set includes this file once, with
+// CPU_CAPABILITY set.
 //
-// A row is read in blocks that fit the first-level cache: the largest entry of a block, then its exponentials, so that
-// memory is read once whatever the order of the entries. Arithmetic and sums are float32.
+// A row is read in blocks that fit the first-level cache: first the largest entry of a block, then its exponentials, so
+// that memory is read once whatever the order of the entries. Arithmetic is float32.
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -43,9 +44,9 @@ inline void store_unit<float>(float* out, Vec a, Vec b) {
   b.store(out + Vec::size());
 }
 
-// exp(x) of x <= 0 to one unit in the last place, NaN of NaN. Below the normal numbers 0 or a subnormal one.
-// exp(x) = 2^n exp(r) with n = round(x / ln 2); ln 2 in two parts, so that r is exact; exp(r) by a polynomial of degree 6,
-// the minimax of the relative error (3e-9) on |r| <= ln(2) / 2.
+// exp(x) for x <= 0 to one unit in the last place; NaN gives NaN. Results below the normal numbers are 0 or subnormal.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2). ln 2 is split into two parts, so that r is exact. exp(r) is a polynomial of
+// degree 6 with the minimax relative error (3e-9) on |r| <= ln(2) / 2.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 // exp(r), given x and n.
 inline Vec exp_of_rest(Vec x, Vec n) {
@@ -59,14 +60,14 @@ inline Vec exp_of_rest(Vec x, Vec n) {
 
 #if defined(CPU_CAPABILITY_AVX512)
 inline Vec exp_nonpositive(Vec v) {
-  // The second operand comes back where one is NaN.
+  // max_ps returns its second operand where one is NaN.
   const __m512 x = _mm512_max_ps(_mm512_set1_ps(-104.0f), v);
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   return _mm512_scalef_ps(exp_of_rest(x, n), n);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 inline Vec exp_nonpositive(Vec v) {
-  // The logarithm of the smallest normal number: below it, 0.
+  // `least` is the logarithm of the smallest normal number; below it the result is 0.
   const __m256 least = _mm256_set1_ps(-87.33654f), magic = _mm256_set1_ps(12582912.0f);
   const __m256 inside = _mm256_cmp_ps(v, least, _CMP_NLT_UQ);
   const __m256 x = _mm256_max_ps(least, v);
@@ -80,24 +81,24 @@ inline Vec exp_nonpositive(Vec v) {
 inline Vec exp_nonpositive(Vec v) { return v.exp(); }
 #endif
 
-// What stands before the softmax: nothing, a factor, or a soft cap. Without a factor there is nothing to multiply.
+// The transform before the softmax: none, a factor, or a soft cap. `plain` saves the multiplication.
 enum class Kind { plain, scaled, capped };
 
 inline Kind kind_of(const Transform& t) { return t.capped ? Kind::capped : t.in == 1 ? Kind::plain : Kind::scaled; }
 
-// What rises with z: in * x.
+// in * x, which rises with z.
 template <Kind K>
 inline Vec times_in(Vec x, const Transform& t) {
   return K == Kind::plain ? x : x * Vec(t.in);
 }
 
-// z, of a cap without its factor `out`.
+// z, but for a soft cap without its factor `out`.
 template <Kind K>
 inline Vec inner(Vec x, const Transform& t) {
   return K == Kind::capped ? times_in<K>(x, t).tanh() : times_in<K>(x, t);
 }
 
-// z of `inner`'s u.
+// z from u, the result of `inner`.
 template <Kind K>
 inline Vec outer(Vec u, const Transform& t) {
   return K == Kind::capped ? u * Vec(t.out) : u;
@@ -116,7 +117,7 @@ inline float first_of(Vec v) {
   return lanes[0];
 }
 
-// The first n lanes, `rest` in the others.
+// v in the first n lanes and `rest` in the others.
 inline Vec first(Vec v, int64_t n, float rest) {
   return n >= Vec::size() ? v : n <= 0 ? Vec(rest) : Vec::set(Vec(rest), v, n);
 }
@@ -129,7 +130,7 @@ inline float largest_of(Vec v) {
   return top;
 }
 
-// f(a, b, n) for every step of x[0, size): the first n of two vectors count.
+// Calls f(a, b, n) for every step of x[0, size); of the entries in the two vectors the first n count.
 template <typename T, typename F>
 inline void each_unit(const T* x, int64_t size, F f) {
   int64_t i = 0;
@@ -157,12 +158,12 @@ inline RowSums reduce(const T* x, int64_t V, const Transform& t) {
       top_a = at::vec::maximum(top_a, first(times_in<K>(a, t), n, kLowest));
       top_b = at::vec::maximum(top_b, first(times_in<K>(b, t), n - Vec::size(), kLowest));
     });
-    // z rises with in * x.
+    // z rises with in * x, so the transform of the largest entry is enough.
     const Vec most(largest_of(at::vec::maximum(top_a, top_b)));
     const float block_top = first_of(K == Kind::capped ? outer<K>(most.tanh(), t) : most);
     if (!(block_top <= top)) {
       const float shrink = top == kLowest ? 0.0f : std::exp(top - block_top);
-      // Words so far below that they count nothing: their sum may have no end, and 0 times it is NaN.
+      // With a shrink of 0 the earlier words no longer count; their sum may become infinite, and 0 times that is NaN.
       if (STATISTICS && shrink != 0) weighted = weighted + (total_a + total_b) * Vec(top - block_top);
       total_a = total_a * Vec(shrink);
       total_b = total_b * Vec(shrink);
@@ -184,7 +185,7 @@ inline RowSums reduce(const T* x, int64_t V, const Transform& t) {
       total_a = total_a + ea;
       total_b = total_b + eb;
       if (STATISTICS) {
-        // A masked word has z = -inf and e = 0; their product is 0.
+        // A masked word has z = -inf and e = 0; their product must be 0.
         const Vec least(std::numeric_limits<float>::lowest());
         weighted = weighted + ea * at::vec::maximum(da, least) + eb * at::vec::maximum(db, least);
         squares = squares + ea * ea + eb * eb;
@@ -247,7 +248,7 @@ float distance_of(const void* x, const Transform& t, float shift) {
   return first_of(z - Vec(shift));
 }
 
-// By Dtype.
+// One table per type of logits, in the order of rows.h.
 const RowKernels kRows[3] = {
     {reduce_row<float>, gradient_row<float>, distance_of<float>},
     {reduce_row<at::BFloat16>, gradient_row<at::BFloat16>, distance_of<at::BFloat16>},

@@ -1,4 +1,4 @@
-// Logits in, loss and gradient of every pair out, in one launch: 2 reads and 1 write of the scored rows.
+// Loss and gradient of every pair from logits in one launch: 2 reads and 1 write of the scored rows.
 //
 //   rows       logp[row] = x[target] - logsumexp(x)                            1 read
 //   pair       logps = sums over each sequence's rows; loss(logps) and its two derivatives
@@ -7,13 +7,14 @@
 // The grid is persistent: a block takes the next ticket (tickets.h) from one counter until there is none. A row ticket
 // stores its results and counts itself done; the one that completes the pair sums them in a fixed order (the same bits
 // on every run; in double, as segment_sum does), evaluates the loss and publishes two coefficients. A gradient ticket
-// waits for its pair's coefficients. They come from smaller tickets, and whoever holds a ticket is running, so there is
-// no deadlock, however many blocks are resident: no cooperative launch.
+// waits for its pair's coefficients. They come from smaller tickets, and every block that holds a ticket is running, so
+// there is no deadlock, however many blocks are resident, and no need for a cooperative launch.
 //
-// What one block writes and another reads goes through the pair's counter. Only thread 0 stores, and it then adds to
-// the counter with release; thread 0 of the reader acquires, and a barrier joins its other threads. The row ticket that
-// completes a pair does both: all writes of the counter are read-modify-writes, so it follows the releases of all the
-// pair's rows. In place, the same order keeps a gradient from a row that is still read. Tickets carry no data.
+// Data that one block writes and another reads is ordered by the pair's counter. Only thread 0 stores, and it then adds
+// to the counter with release; thread 0 of the reader acquires, and a barrier joins its other threads. The row ticket
+// that completes a pair does both: all writes of the counter are read-modify-writes, so it follows the releases of all
+// the pair's rows. In place, the same order keeps a gradient from overwriting a row that is still read. Tickets carry no
+// data, so taking one is relaxed.
 
 #include <algorithm>
 
@@ -23,8 +24,8 @@
 namespace dpo_fast::cuda {
 namespace {
 
-// Three blocks per SM fit with 80 registers per thread, and more would only wait for a place; one of twice the threads
-// has fewer rows between their two reads, so that more second reads can come from L2 (not measured yet).
+// Three blocks per SM fit with 80 registers per thread, and more would only wait for a place. One block of twice the
+// threads has fewer rows between their two reads, so that more second reads can come from L2. Neither has been measured.
 constexpr int threads_of(int blocks_per_sm) { return blocks_per_sm == 3 ? 256 : 512; }
 
 struct Work {
@@ -36,14 +37,14 @@ struct Work {
   int64_t stride_out;
   float *top, *log_total, *row_logps;  // [N]
   float* coef;                         // [2B]
-  int* counters;                       // [B] of the pairs, and the next ticket
+  int* counters;                       // [B + 1]: one per pair, and the next ticket
 };
 
 struct SequenceSum {
   float logps, length;
 };
 
-// Sum of the log-probs of a sequence's scored rows, and how many they are (at least 1).
+// The sum of the log-probs of a sequence's scored rows, and the number of those rows (at least 1).
 __device__ __forceinline__ SequenceSum sum_sequence(const Work& work, int sequence) {
   double sum = 0;
   int scored = 0;
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(threads_of(kBlocks), kBlocks) dpo_kernel(const
       T* out = static_cast<T*>(work.out) + n * work.stride_out;
       float coef = 0;
       if (scored) {
-        // Rows, the place without one, and the published coefficients: the count of a finished pair.
+        // The count of a finished pair: its rows, the place without a row, and the published coefficients.
         if (threadIdx.x == 0) {
           while (load_acquire(counter) < place.rows + 2) wait_a_little();
         }
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(threads_of(kBlocks), kBlocks) dpo_kernel(const
       }
       if (coef != 0) {
         const float top = load_shared_number(work.top + n), log_total = load_shared_number(work.log_total + n);
-        // A target outside the vocabulary made the coefficient NaN.
+        // A target outside the vocabulary has already made the coefficient NaN.
         write_gradient(row, out, x.V, checked(target, x.V).index, coef, top, log_total, Plain());
       } else {
         write_zeros(out, x.V);

@@ -1,9 +1,9 @@
-// Log-probs of target words from logits [N, V], their gradient, and both in one launch for the output layer's own tile.
+// Log-probs of targets from logits [N, V], their gradient, and both in one launch for a head's tile of logits.
 //
 //   logps_fwd   logp = z[target] - logsumexp(z)                         1 read of the scored rows
 //   logps_bwd   out = coef * (onehot - softmax(z)) * dz/dx              1 read, 1 write
 //   residual_   logp, and the row becomes (onehot - softmax) * dz/dx    1 read from memory, 1 from L2, 1 write
-//   scale_      a gradient times the one number backward() brings       nothing where it is 1, else 1 read, 1 write
+//   scale_      a gradient times the one number that backward() gets    nothing where it is 1, else 1 read, 1 write
 //
 // One block works on one row (rows.cuh). Rows whose target is ignored, or whose coefficient is 0, are not read.
 
@@ -15,12 +15,12 @@ namespace dpo_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// The tile of an output layer may have no more rows than a GPU has SMs: twice the warps per row keep as many loads in
-// flight, in two blocks per SM or in one of twice the threads, with half as many rows between their two reads (more of
-// the second reads can come from L2; not measured yet).
+// A tile of logits may have no more rows than a GPU has SMs; twice the warps per row then keep as many loads in flight.
+// There are two blocks per SM, or one of twice the threads. The latter has half as many rows between their two reads, so
+// that more of the second reads can come from L2. Neither has been measured.
 constexpr int kResidualThreads = 512;
 
-// What thread 0 stores of a row; picked is z[target].
+// Stores the results of a row, by thread 0; `picked` is z[target].
 template <bool kStatistics>
 __device__ __forceinline__ void store_row(int64_t n, const Logits& x, bool scored, float picked, const Row& row,
                                           float temperature, float* logps, float* statistics) {
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     logps_fwd_kernel(Logits x, Targets targets, Z transform, float temperature, float* logps, float* lse,
                      float* statistics) {
   const int64_t n = blockIdx.x, target = targets.data[n];
-  // What an ignored row stores: 0 everywhere.
+  // An ignored row stores 0 everywhere.
   float picked = 0;
   Row found{0, 0, 0, 0, 0};
   const bool scored = target != targets.ignore_index;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// launch(Z) for the transform Z.
+// Calls launch(z) with the functor z of the transform.
 template <class Launch>
 void with_transform(const Transform& t, Launch launch) {
   if (t.softcap != 0) {
@@ -159,7 +159,7 @@ cudaError_t residual_(const Logits& x, const Targets& targets, const Transform& 
 cudaError_t scale_(void* x, Dtype dtype, int64_t parts, int64_t stride, int64_t length, const float* factor,
                    cudaStream_t stream) {
   if (parts == 0 || length == 0) return cudaSuccess;
-  // Enough blocks for 64 KB in flight per SM on the largest GPUs, and few to start where the factor is 1.
+  // These are enough blocks for 64 KB in flight per SM on the largest GPUs, and few to start where the factor is 1.
   const int blocks = std::min<int64_t>(1024, parts * ((length - 1) / kPiece + 1));
   return with_type(dtype, [&](auto word) {
     using T = decltype(word);

@@ -56,7 +56,7 @@ Tensor empty(const Tensor& logits, at::IntArrayRef shape) {
   return at::empty(shape, logits.options().dtype(at::kFloat));
 }
 
-// Numbers as the kernels read them; x itself where it is so already.
+// x as contiguous float32 on the device of logits, as the kernels read it; x itself where it already is that.
 Tensor floats(const Tensor& x, const Tensor& logits) { return x.to(logits.device(), at::kFloat).contiguous(); }
 
 float* pointer_or_null(const Tensor& statistics) { return statistics.size(0) ? statistics.data_ptr<float>() : nullptr; }
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
   return {losses, logps};
 }
 
-// A view [parts, length] of x whose parts are as long as its strides allow.
+// A view [parts, length] of x with parts as long as its strides allow.
 Tensor as_parts(const Tensor& x) {
   if (x.is_contiguous()) return x.view({1, -1});
   return x.select(0, 0).is_contiguous() ? x.flatten(1) : x.view({-1, x.size(-1)});

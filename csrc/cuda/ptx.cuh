@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no exact word for.
+// Instructions for which CUDA C++ has no exact expression.
 #pragma once
 
 namespace dpo_fast::cuda {
@@ -17,7 +17,7 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// What one block tells another. Each returns the counter's value before.
+// Communication between blocks. The additions return the counter's value before them.
 
 __device__ __forceinline__ int add_relaxed(int* counter, int x) {
   int before;
@@ -37,7 +37,7 @@ __device__ __forceinline__ int load_acquire(const int* counter) {
   return now;
 }
 
-// A number that another block wrote: past L1, which may hold what was there before.
+// Loads a number that another block wrote, past L1, which may hold an older value.
 __device__ __forceinline__ float load_shared_number(const float* p) {
   float x;
   asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");

@@ -1,19 +1,19 @@
-// What the kernels share: one block works on one row of logits, x [V], wherever it lies in memory.
+// The functions that the kernels share: one block works on one row of logits, x [V], wherever it lies in memory.
 //
 //   word       z = transform(x)
 //   thread     top = max z, total = sum exp(z - top); for the statistics sum exp(z - top) (z - top),
-//              sum exp(2 (z - top)), sum z: in registers, updated once for every kUpdate words
+//              sum exp(2 (z - top)), sum z; all are in registers and updated once per kUpdate words
 //   row        top and log_total = log sum exp(z - top), kept apart: `z - top - log_total` keeps digits that
 //              `z - (top + log_total)` rounds away when the logits are far from zero
 //   gradient   coef * (onehot - exp(z - top - log_total)) * dz/dx
 //
-// A row is read in vectors of 16 bytes, kLoads of them in flight per thread: with three blocks of 256 threads 48 KB per
-// SM (counted, not measured). An odd V puts rows at odd addresses: each of the few words before the first and after the
-// last whole vector (the edges) then goes to one thread. Where x and out are not aligned alike, both are taken word by
-// word, neighbours to neighbouring threads.
+// A row is read in vectors of 16 bytes, with kLoads of them in flight per thread: three blocks of 256 threads have 48 KB
+// in flight per SM (counted, not measured). An odd V puts rows at odd addresses. Each of the few words before the first
+// and after the last whole vector (the edges) then goes to one thread. Where x and out are not aligned alike, both are
+// accessed word by word, neighbouring words by neighbouring threads.
 //
-// A row stays in no block between its two reads. In the one launch the gradient waits for all rows of the pair; and a
-// row of 128256 words in bfloat16 has 250 KB, more than the 227 KB of an SM, which would hold one block for it alone.
+// No block keeps a row between its two reads. In dpo_fused the gradient waits for all rows of the pair, and a row of
+// 128256 words in bfloat16 has 250 KB, more than the 227 KB of shared memory of an SM.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -58,7 +58,7 @@ struct alignas(16) Vector {
   T words[kVector<T>];
 };
 
-// A target as an index into its row, and what its log-prob gains: 0, or NaN for a target outside [0, V).
+// A target as an index into its row, and a term for its log-prob: 0, or NaN for a target outside [0, V).
 struct Target {
   int64_t index;
   float fault;
@@ -79,7 +79,7 @@ struct Plain {
   __device__ __forceinline__ float factor() const { return 1; }
 };
 
-// Products by __fmul_rn are not fused with a later subtraction: a z is the same number wherever it is computed.
+// Products by __fmul_rn are not fused with a later subtraction, so a z is the same number wherever it is computed.
 struct Scaled {
   float a;
   __device__ __forceinline__ float z(float x) const { return __fmul_rn(x, a); }
@@ -90,7 +90,7 @@ struct Scaled {
   __device__ __forceinline__ float factor() const { return a; }
 };
 
-// cap * tanh(a * x). With u = 1 / (exp(2 a x) + 1): tanh = 1 - 2 u, 1 - tanh^2 = 4 u (1 - u), exact at both infinities.
+// cap * tanh(a * x). With u = 1 / (exp(2 a x) + 1), tanh = 1 - 2 u and 1 - tanh^2 = 4 u (1 - u), exact at both infinities.
 struct Capped {
   float a, cap;
   __device__ __forceinline__ float z(float x) const {
@@ -121,7 +121,7 @@ struct Sum {
   }
 };
 
-// The threads' x joined in a fixed order; every thread gets it. All threads of whole warps call it.
+// Joins the threads' x in a fixed order and returns the result to every thread. All threads must call it, in whole warps.
 template <class T, class Join>
 __device__ __forceinline__ T block_join(T x, Join join) {
   __shared__ T warps[32];
@@ -135,7 +135,7 @@ __device__ __forceinline__ T block_join(T x, Join join) {
   return x;
 }
 
-// What thread 0 finds; every thread gets it.
+// Returns to every thread what thread 0 finds.
 template <class Find>
 __device__ __forceinline__ int from_first(Find find) {
   __shared__ int found;
@@ -160,8 +160,8 @@ __device__ __forceinline__ Span span(const T* row, int V) {
   return {head, body, V - head - body};
 }
 
-// use(words, i) for each vector i < n of this thread: kLoads of them are loaded, then used kGroup at a time (i is the
-// first of the group, blockDim.x apart), the last ones one by one.
+// Calls use(words, i) for the vectors i < n of this thread: kLoads of them are loaded, then used kGroup at a time (i is
+// the first of a group, whose vectors are blockDim.x apart); the last ones are used one by one.
 template <int kGroup, class T, class Use>
 __device__ __forceinline__ void each_vector(const Vector<T>* vectors, int n, Use use) {
   static_assert(kLoads % kGroup == 0);
@@ -197,12 +197,12 @@ __device__ __forceinline__ void each_vector(const Vector<T>* vectors, int n, Use
 
 template <bool kStatistics>
 struct Running {
-  // Finite, so that -inf - top is not NaN.
+  // The top is finite, so that -inf - top is not NaN.
   float top = -FLT_MAX, total = 0;
-  // Sums of exp(z - top) (z - top), exp(2 (z - top)) and z; unused without statistics.
+  // These are sums of exp(z - top) (z - top), exp(2 (z - top)) and z; they are unused without statistics.
   float moment = 0, squares = 0, plain = 0;
 
-  // Sums that belonged to an old top, for a new one. exp(-inf) is 0, and so are its products.
+  // Turns the sums for the old top into those for a new one. exp(-inf) is 0, and its products must be 0 too.
   __device__ __forceinline__ void lift(float new_top) {
     const float down = top - new_top, alpha = exp2_fast(down * kLog2e);
     if (kStatistics) {
@@ -235,10 +235,10 @@ struct Running {
   }
 };
 
-// What a row comes to, the same in every thread.
+// The results of a row, the same in every thread.
 struct Row {
   float top, log_total;
-  float entropy, plain, log_squares;  // with statistics
+  float entropy, plain, log_squares;  // only with statistics
 };
 
 template <bool kStatistics, class T, class Z>
@@ -316,7 +316,7 @@ __device__ __forceinline__ void write_gradient(const T* row, T* out, int V, int6
   if (threadIdx.x == 0) {
     float slope;
     const float z = transform.z(to_float(row[target]), slope);
-    // 1 - p, with all its digits where p is near 1.
+    // expm1 keeps all digits of 1 - p where p is near 1.
     at_target = coef * slope * -expm1f((z - top) - log_total);
   }
   // In place, no thread may write before thread 0 has read.
@@ -327,7 +327,8 @@ __device__ __forceinline__ void write_gradient(const T* row, T* out, int V, int6
     const float z = transform.z(x, slope);
     return -coef * slope * exp2_fast((z - top) * kLog2e - log2_total);
   });
-  // The target's word was written above by another thread: a comparison a word would cost more than a barrier a row.
+  // Another thread wrote the target's word above, so it is overwritten here: one barrier per row costs less than one
+  // comparison per word.
   __syncthreads();
   if (threadIdx.x == 0) out[target] = from_float<T>(at_target);
 }
@@ -344,7 +345,7 @@ __device__ __forceinline__ void write_zeros(T* out, int V) {
 
 // ---- Launches ----
 
-// Threads of a block: at most `most`, fewer where they would have nothing to load.
+// The threads of a block: at most `most`, and fewer where some would have nothing to load.
 template <class T>
 int threads_for(int V, int most) {
   int threads = most;
@@ -352,7 +353,7 @@ int threads_for(int V, int most) {
   return threads;
 }
 
-// launch(T()) for the type T of the words.
+// Calls launch(T()) with the type T of the words.
 template <class Launch>
 cudaError_t with_type(Dtype dtype, Launch launch) {
   switch (dtype) {

@@ -1,9 +1,10 @@
-// The order of work in the one launch (dpo.cu), as arithmetic on numbers: no CUDA, so that a test counts it by force.
+// The order of work in dpo_fused (dpo.cu), as arithmetic without CUDA, so that a test can enumerate it on a CPU.
 //
-// Places: pair by pair, its chosen rows, its rejected rows and one place without a row, so that an empty pair is done
-// too; N + B in all. Each place has a row ticket and a gradient ticket. Tickets in order: the row tickets of `lead`
-// places, then row and gradient tickets in turn, then the gradient tickets that are left. Both kinds come in the order
-// of places, and the gradient ticket of a place follows the row tickets of `lead` places from there on: of its pair.
+// There are N + B places, numbered pair by pair: its chosen rows, its rejected rows and one place without a row, so that a
+// pair without rows is completed too. Each place has a row ticket and a gradient ticket. The tickets come in this order:
+// the row tickets of `lead` places, then row and gradient tickets in turn, then the remaining gradient tickets. Both kinds
+// come in the order of places, and the gradient ticket of a place follows the row tickets of the next `lead` places, which
+// include the rest of its pair.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ struct Turn {
   int place;
 };
 
-// The ticket's kind and place; ticket < 2 * places, lead <= places.
+// The kind and place of a ticket, for ticket < 2 * places and lead <= places.
 TICKET_FUNCTION Turn turn_of(int ticket, int places, int lead) {
   const int turn = ticket - lead;
   if (turn < 0) return {true, ticket};
@@ -29,7 +30,7 @@ TICKET_FUNCTION Turn turn_of(int ticket, int places, int lead) {
   return {false, ticket - places};
 }
 
-// The first place of a pair: cu_rows [2B + 1] holds where the chosen, then the rejected sequences begin.
+// The first place of a pair; cu_rows [2B + 1] holds the first rows of the chosen, then of the rejected sequences.
 TICKET_FUNCTION int first_place(const int* cu_rows, int B, int pair) {
   return cu_rows[pair] + (cu_rows[B + pair] - cu_rows[B]) + pair;
 }
@@ -40,9 +41,9 @@ TICKET_FUNCTION int pair_rows(const int* cu_rows, int B, int pair) {
 
 struct Place {
   int pair;
-  int rows;      // of the pair
-  int row;       // -1: the place without one
-  int sequence;  // of the row
+  int rows;      // rows of the pair
+  int row;       // -1 for the place without a row
+  int sequence;  // sequence of the row
 };
 
 TICKET_FUNCTION Place place_of(const int* cu_rows, int B, int place) {
@@ -62,8 +63,8 @@ TICKET_FUNCTION Place place_of(const int* cu_rows, int B, int place) {
   return {pair, rows, cu_rows[B + pair] + (index - chosen), B + pair};
 }
 
-// The largest pair, its place without a row, and half a grid: the row tickets of a pair were then all taken at least a
-// grid of tickets before its first gradient ticket, which finds them done and does not wait.
+// The lead is the largest pair, its place without a row, and half a grid. All row tickets of a pair are then taken at
+// least a grid of tickets before its first gradient ticket, which finds them done and does not wait.
 TICKET_FUNCTION int lead_of(int largest_pair, int blocks, int places) {
   const int lead = largest_pair + 1 + (blocks + 1) / 2;
   return lead < places ? lead : places;

@@ -1,4 +1,4 @@
-"""Which implementation of the launchers (eager.py lists them) runs: a table, and one function that reads it."""
+"""The table of back ends, and the one function that chooses which of them runs the launchers (eager.py lists those)."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from . import eager
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """The launchers of one back end; signatures as in eager.py."""
+    """The launchers of one back end, with the signatures of eager.py."""
 
     name: str
     logps_fwd: Callable
@@ -30,7 +30,7 @@ _BUILD = "run `pip install --no-build-isolation -e .` in a checkout, with torch 
 
 
 class _MissingError(Exception):
-    """Why a back end cannot be used, and how to get it."""
+    """A back end cannot be used; the message says why and how to get it."""
 
 
 def _torch(device: str) -> Backend:
@@ -79,12 +79,12 @@ def _csrc(device: str) -> Backend:
 # The fastest first. A loader takes a device type and returns a Backend or raises _MissingError.
 BACKENDS: dict[str, Callable[[str], Backend]] = {"csrc": _csrc, "triton": _triton, "torch": _torch}
 
-_NO_FLOAT64 = {"csrc", "triton"}  # their kernels are float32 inside
+_NO_FLOAT64 = {"csrc", "triton"}  # their kernels compute in float32
 
 
 @functools.cache
 def _load(name: str, device: str) -> Backend | str:
-    """The back end, or why it is missing."""
+    """The back end, or the reason why it is missing."""
     try:
         return BACKENDS[name](device)
     except _MissingError as error:
@@ -108,7 +108,7 @@ def resolve(name: str | None, device: torch.device | str, dtype: torch.dtype = t
                 f"backend {name!r} takes no float64: give backend='torch' or None, or logits of another type"
             )
         return found
-    # Triton on a CPU is the interpreter: right, and thousands of times slower.
+    # Triton on a CPU runs in its interpreter, which is exact and thousands of times slower.
     skipped = set() if device == "cuda" else {"triton"}
     if dtype == torch.float64:
         skipped |= _NO_FLOAT64
@@ -117,7 +117,7 @@ def resolve(name: str | None, device: torch.device | str, dtype: torch.dtype = t
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each back end: None where some device of this machine can use it, else why none can."""
+    """Back end -> None where some device of this machine can use it, else the reason why none can."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     found = {name: [_load(name, device) for device in devices] for name in reversed(BACKENDS)}
     return {name: None if any(isinstance(x, Backend) for x in tried) else tried[0] for name, tried in found.items()}

@@ -1,7 +1,7 @@
 """The launchers in plain PyTorch: the back end `torch`, which runs wherever PyTorch does.
 
 Every back end implements these functions with the same signatures (kernels/ in Triton, extension.py by way of csrc/). They
-know rows of logits, nothing of autograd, and of sequences only where the rows of one begin.
+know rows of logits and where the rows of a sequence begin; they know nothing of autograd.
 
     logps_fwd   log-probs of the targets, and statistics            1 read of the scored rows
     logps_bwd   their gradient times one number per row             1 read, 1 write
@@ -9,11 +9,11 @@ know rows of logits, nothing of autograd, and of sequences only where the rows o
     dpo_fused   log-probs, losses and gradient of all pairs         2 reads, 1 write
     scale_      a tensor times a number that is on the device       nothing where the number is 1
 
-`logits` are [N, V] with entries of a row next to each other and rows of any stride, `targets` [N] int64 in [0, V) or
-`ignore_index`. Rows with an ignored target are not read: their log-prob, log-sum-exp, statistics and gradient are 0.
-Any other target outside [0, V) reads nothing outside its row: its log-prob and its gradient are NaN, and so are the loss
-and the gradient of its pair.
-What comes back is float32, float64 for float64 logits. The logits x are transformed, in the order models do it, to
+`logits` are [N, V]: the entries of a row are adjacent, and rows have any stride. `targets` are [N] int64, in [0, V) or
+`ignore_index`. Rows with an ignored target do not count: their log-prob, log-sum-exp, statistics and gradient are 0,
+whatever they hold. Any other target outside [0, V) reads nothing outside its row: its log-prob and its gradient are NaN,
+and so are the loss and the gradient of its pair.
+Results are float32, or float64 for float64 logits. The logits x are transformed, in the order in which models do it, to
 `z = softcap * tanh(scale * x / softcap) / temperature`.
 """
 
@@ -27,12 +27,12 @@ from .sequences import past_shorter_weights, scored_lengths, segment_ids, segmen
 
 # Per-row statistics beside the log-probs; none carries a gradient.
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-# Logits of one chunk of rows between two matrix products: on a CPU so many that the products run at full
-# speed (512 x 576 x 49152 in float32, two cores: two products in 351 ms with 512 rows per tile, 379 with 256, 458 with 128).
+# Bytes of the tile of logits between two matrix products. On a CPU a tile is large enough for the products to run at full
+# speed (512 x 576 x 49152 in float32, two cores: two products take 351 ms with 512 rows per tile, 379 with 256, 458 with 128).
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
-# Rows of a chunk are a multiple of this, better of twice as many: a GPU's products work on so many rows at a time.
+# A chunk's rows are a multiple of this, or better of twice this: a GPU's matrix products work on that many rows at a time.
 ROW_STEP = 128
-# Of the float32 copies of rows that a launcher makes at a time, a thread: they stay in a core's cache and in the heap.
+# Bytes per thread of the float32 copies of rows that a launcher makes at a time: they stay in a core's cache and the heap.
 ROW_BYTES = 2 << 20
 
 
@@ -42,7 +42,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def transform_logits(logits, logit_scale=1.0, softcap=None, temperature=1.0) -> Tensor:
-    """Scale, soft-cap, temperature, in the order models apply them: `cap * tanh(logits * scale / cap) / temperature`."""
+    """Apply scale, soft-cap and temperature in the order of models: `cap * tanh(logits * scale / cap) / temperature`."""
     if logit_scale != 1.0:
         logits = logits * logit_scale
     if softcap is not None:
@@ -51,9 +51,9 @@ def transform_logits(logits, logit_scale=1.0, softcap=None, temperature=1.0) -> 
 
 
 def _statistic(name: str, z: Tensor, log_probs: Tensor, logps: Tensor, temperature: float) -> Tensor:
-    """[N, V] transformed logits and their log-softmax, [N] of the targets -> [N]."""
+    """One statistic [N] of transformed logits z [N, V], their log-softmax [N, V] and the targets' log-probs [N]."""
     if name == "entropy":
-        # A masked word has log-prob -inf and probability 0; their product is 0.
+        # A masked word has log-prob -inf and probability 0; their product must be 0.
         return -torch.linalg.vecdot(log_probs.exp(), log_probs.clamp(min=torch.finfo(z.dtype).min))
     if name == "mean_logits":
         return z.mean(-1) * temperature
@@ -82,7 +82,7 @@ def logps_fwd(
         z = transform_logits(logits[a:b].to(wide), scale, softcap, temperature)
         log_probs = torch.log_softmax(z, dim=-1)
         logps[a:b] = log_probs.gather(-1, safe[a:b])[:, 0] + fault[a:b]
-        # At the largest entry, where the difference loses nothing.
+        # The log-sum-exp is read off at the largest entry, where the difference loses no digits.
         lse[a:b] = z.amax(-1) - log_probs.amax(-1)
         for name in outputs:
             stats[name][a:b] = _statistic(name, z, log_probs, logps[a:b], temperature)
@@ -129,11 +129,11 @@ def residual_(
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs [N] and the named statistics; overwrites `logits` with `d logps[n] / d logits[n]`, for matrix products:
+    """Log-probs [N] and the named statistics; `logits` are overwritten with the residual `d logps[n] / d logits[n]`:
 
     (onehot - softmax) * scale / temperature * (1 - tanh(scale * logits / softcap)**2)
 
-    without a coefficient, which is too small for half precision and is not known yet.
+    It goes into matrix products without its coefficient, which is not known yet and is too small for half precision.
     """
     wide, scored = wide_dtype(logits.dtype), targets != ignore_index
     safe, fault = _checked(targets, logits)
@@ -169,7 +169,10 @@ def dpo_fused(
     ignore_index: int = -100,
     out: Tensor,  # [N, V], the type of logits; may be logits
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B], summed log-probs [2B] and `out`: `grad_scale * d losses.sum() / d logits`. One launch where there are any."""
+    """Losses [B], summed log-probs [2B] and `out`: `grad_scale * d losses.sum() / d logits`.
+
+    The other back ends need one launch for this; here it is two of the functions above.
+    """
     options = LossOptions(loss_type, beta, label_smoothing, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma)
     launch = (logps_fwd, logps_bwd)
     _, losses, logps = dpo_two_launches(
@@ -197,7 +200,7 @@ def dpo_two_launches(
     temperature: float = 1.0,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every loss: the loss, losses [B] and log-probs [2B]; `out = grad_scale * B * d loss / d logits`."""
+    """Any loss in two launches: the loss, losses [B] and log-probs [2B]; `out = grad_scale * B * d loss / d logits`."""
     forward, backward = launch
     common = {"ignore_index": ignore_index, "scale": scale, "softcap": softcap, "temperature": temperature}
     token_logps, lse, _ = forward(logits, targets, outputs=(), **common)
@@ -215,7 +218,7 @@ def dpo_two_launches(
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """`x *= factor` for a factor of one element on the device of x, without a host wait; returns x."""
+    """`x *= factor` for a factor of one element on the device of x, without waiting for a GPU; returns x."""
     if not x.is_cuda and factor.item() == 1.0:
         return x
     return x.mul_(factor)
@@ -225,20 +228,20 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def whole_steps(rows: int) -> int:
-    """The largest multiple of 2 * ROW_STEP that is not above `rows`, or of ROW_STEP where that is 0."""
+    """The largest multiple of 2 * ROW_STEP up to `rows`; where that is 0, the largest multiple of ROW_STEP."""
     return rows // (2 * ROW_STEP) * (2 * ROW_STEP) or rows // ROW_STEP * ROW_STEP
 
 
 def tile_rows(v: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a tile [rows, V] of TILE_BYTES: whole steps, and at least one."""
+    """The number of rows of a tile [rows, V] of TILE_BYTES: whole steps, and at least one step."""
     return max(whole_steps(TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (v * dtype.itemsize)), ROW_STEP)
 
 
 def chunks(n: int, rows: int) -> list[tuple[int, int]]:
-    """[0, n) in ranges of `rows`, whole steps, and what is left: never a single row, which costs a product a whole step."""
+    """[0, n) cut into ranges of `rows` (whole steps) and a rest, which is never one row: a product takes a whole step for it."""
     starts = list(range(0, n, rows))
     if n > 1 and rows > 1 and n - starts[-1] == 1:
-        # The chunk before gives a step of its rows, or one row where a step is all it has.
+        # The chunk before gives up a step of its rows, or one row where it has one step only.
         starts[-1] -= ROW_STEP if rows > ROW_STEP else 1
     return list(zip(starts, [*starts[1:], n], strict=False))
 
@@ -251,7 +254,7 @@ def rows_within(n: int, limit: int) -> int:
 
 
 def _runs(mask: Tensor) -> list[tuple[int, int]]:
-    """Ranges [start, end) of True in a mask [N] on the CPU."""
+    """The ranges [start, end) in which a mask [N] on the CPU is True."""
     edges = mask.to(torch.int8).diff(
         prepend=mask.new_zeros(1, dtype=torch.int8), append=mask.new_zeros(1, dtype=torch.int8)
     )
@@ -259,21 +262,21 @@ def _runs(mask: Tensor) -> list[tuple[int, int]]:
 
 
 def row_blocks(start: int, end: int, logits: Tensor) -> list[tuple[int, int]]:
-    """[start, end) in blocks of ROW_BYTES a thread in the wide type, on a GPU of TILE_BYTES."""
+    """[start, end) cut into blocks of ROW_BYTES per thread in the wide type; on a GPU, of TILE_BYTES."""
     budget = TILE_BYTES["cuda"] if logits.is_cuda else ROW_BYTES * torch.get_num_threads()
     rows = max(1, budget // (logits.shape[1] * wide_dtype(logits.dtype).itemsize))
     return [(a, min(a + rows, end)) for a in range(start, end, rows)]
 
 
 def _checked(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets as indices into their rows [N, 1], and what their log-probs gain [N]: 0, or NaN outside the vocabulary."""
+    """Targets as indices into their rows [N, 1], and the term that their log-probs gain [N]: 0, or NaN outside the vocabulary."""
     inside = (targets >= 0) & (targets < logits.shape[1])
     fault = torch.zeros(len(targets), dtype=wide_dtype(logits.dtype), device=logits.device)
     return targets.masked_fill(~inside, 0)[:, None], fault.masked_fill_(~inside, torch.nan)
 
 
 def _zero_ignored(scored: Tensor, rows: Tensor | None, numbers: tuple[Tensor, ...]) -> None:
-    """Zeros where a row is not scored: on a GPU, where all rows were computed, in `numbers` [N], else in `rows` [N, V]."""
+    """Zero what belongs to rows without a scored token: on a GPU, which computed all rows, `numbers` [N]; else `rows` [N, V]."""
     if scored.is_cuda:
         for x in numbers:
             x.masked_fill_(~scored, 0)
@@ -283,6 +286,6 @@ def _zero_ignored(scored: Tensor, rows: Tensor | None, numbers: tuple[Tensor, ..
 
 
 def _scored_blocks(scored: Tensor, logits: Tensor) -> list[tuple[int, int]]:
-    """`row_blocks` of the scored rows; of all rows on a GPU, where a look at the mask would be a wait."""
+    """`row_blocks` of the scored rows; on a GPU of all rows, since reading the mask would wait for the device."""
     runs = [(0, len(scored))] if scored.is_cuda else _runs(scored)
     return [block for start, end in runs for block in row_blocks(start, end, logits)]

@@ -1,7 +1,7 @@
 """The launchers of the compiled extension (csrc/), with the signatures of eager.py.
 
-What stands here is the way to its ops, torch.ops.dpo_fast_csrc.*; the dispatcher takes the processor's or CUDA's.
-`blocks_per_sm` of CUDA's kernels is 3 or 1 for the one launch, 2 or 1 for `residual_` (csrc/cuda says why).
+These functions call its ops, torch.ops.dpo_fast_csrc.*, of which the dispatcher takes the CPU's or CUDA's.
+`blocks_per_sm` of the CUDA kernels is 3 or 1 for `dpo_fused`, and 2 or 1 for `residual_` (csrc/cuda says why).
 """
 
 import importlib
@@ -15,9 +15,9 @@ _csrc = importlib.import_module("dpo_fast._csrc")
 
 LOSS_IDS = {name: k for k, name in enumerate(_csrc.losses)}
 WITH_CUDA = _csrc.cuda
-WITH_THREADS = _csrc.threads  # by OpenMP; without it rows of the processor go one after the other
-TORCH_VERSION = _csrc.torch_version  # that it was compiled for
-INSTRUCTION_SET = _csrc.instruction_set  # whose rows run on this processor: DEFAULT, AVX2 or AVX512
+WITH_THREADS = _csrc.threads  # whether it has OpenMP; without it the CPU computes one row after the other
+TORCH_VERSION = _csrc.torch_version  # the version that it was compiled for
+INSTRUCTION_SET = _csrc.instruction_set  # the one that runs on this processor: DEFAULT, AVX2 or AVX512
 
 _ops = torch.ops.dpo_fast_csrc
 
@@ -61,7 +61,7 @@ def dpo_fused(
     out,
     blocks_per_sm=3,
 ):
-    assert not isinstance(grad_scale, Tensor), "a number: to read it off a device would be a wait"
+    assert not isinstance(grad_scale, Tensor), "grad_scale must be a number: reading a tensor would wait for its device"
     numbers = beta, label_smoothing, discopop_tau, simpo_gamma
     given = logits, targets, cu_rows, ref_logps, grad_scale
     losses, logps = _ops.dpo_fused(*given, LOSS_IDS[loss_type], *numbers, ignore_index, out, blocks_per_sm)

@@ -1,6 +1,6 @@
-"""Which sequence a row belongs to: sums over the rows of each, and the way back from a sequence to its rows.
+"""Sums over the rows of each sequence, and the way back from a sequence to its rows.
 
-Rows [N] of sequence s are `cu_rows[s]:cu_rows[s + 1]`. Nothing here waits for the device, and every sum has a fixed order.
+The rows of sequence s are `cu_rows[s]:cu_rows[s + 1]`. Nothing here waits for the device, and every sum has a fixed order.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def segment_sum(values: Tensor, cu_rows: Tensor) -> Tensor:
-    """[N], [S + 1] -> [S]: `values[cu_rows[s]:cu_rows[s + 1]].sum()`, in float64; the type of values comes back."""
+    """[N], [S + 1] -> [S]: `values[cu_rows[s]:cu_rows[s + 1]].sum()`, added up in float64 and returned in the type of values."""
     total = torch.segment_reduce(values.double(), "sum", offsets=cu_rows.long(), initial=0, unsafe=True)
     return total.to(values.dtype)
 
@@ -20,7 +20,7 @@ def segment_ids(cu_rows: Tensor, n: int) -> Tensor:
 
 
 def past_shorter_weights(scored: Tensor, cu_rows: Tensor, ld_alpha: float) -> Tensor:
-    """[N] bool, [2B + 1] -> [N] float64: `ld_alpha` past the shorter length of the pair, 1 up to there (LD-DPO, arXiv 2409.06411)."""
+    """[N] bool, [2B + 1] -> [N] float64: 1 up to the shorter length of the pair, `ld_alpha` past it (LD-DPO, arXiv 2409.06411)."""
     count = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
     starts = count[cu_rows.long()]
     chosen, rejected = starts.diff().chunk(2)

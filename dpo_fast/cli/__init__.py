@@ -1,1 +1,1 @@
-"""The options of `python -m dpo_fast.train`, and how flags and a YAML file become them."""
+"""The options of `python -m dpo_fast.train`, and the way from flags and a YAML file to them."""

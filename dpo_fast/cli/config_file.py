@@ -5,9 +5,10 @@ import os
 
 
 def read_config(argv: list[str]) -> tuple[str | None, dict]:
-    """Path and options of the YAML file that `--config` names, (None, {}) without one.
+    """Path and options of the YAML file that `--config` names, or (None, {}) without one.
 
-    Its `env` is put into the environment, not returned; so this comes before transformers is imported, which reads it.
+    The file's `env` is put into the environment and not returned. Call this before transformers is imported, which reads
+    the environment.
     Raises FileNotFoundError, and ValueError for a file that is not a mapping of options or gives one of them twice.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -32,7 +33,7 @@ def _load(path: str):
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML without keys that are given twice: the last would win in silence."""
+        """A loader that refuses keys given twice, of which the last would win silently."""
 
         def construct_mapping(self, node, deep=False):
             lines: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The text of `--help`: dpo_fast's options first, then transformers', one line each; what is not used or refused last."""
+"""The text of `--help`: one line per option, dpo_fast's first, then transformers'; unused and refused options come last."""
 
 import argparse
 import dataclasses
@@ -20,10 +20,10 @@ of the YAML file; flags override the file. A yes-or-no option needs no value, an
 
 
 def help_text(actions: dict[str, argparse.Action]) -> str:
-    """All options: sections of ours, one line per option, then names of those that change nothing here."""
+    """All options: sections with one line per option, then the names of those that are not used or refused."""
     idle = {*unused.UNUSED, *cli.OLD_UNUSED}
     refused = {*cli.REFUSED, *config.REFUSED, *cli.QUANTISATION}
-    # DPOConfig's own: what transformers has by the same name is among them where the default or meaning differs.
+    # DPOConfig's own options; options of transformers are among them where the default or meaning differs.
     ours = [name for name in DPOConfig.__annotations__ if name in actions]
     sections = {
         "Data": [f.name for f in dataclasses.fields(cli.ScriptArguments)],

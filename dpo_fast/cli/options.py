@@ -1,7 +1,8 @@
 """The options of `python -m dpo_fast.train` beside DPOConfig's: TRL's names and defaults, and which of them go together.
 
-What TRL 1.16 has and dpo_fast cannot honour is in `REFUSED` here (model and script) and in config.py (training): at its
-default it is accepted, else it is an error that names it. What changes no number beside the others is not used (`unused`).
+Options of TRL 1.16 that dpo_fast cannot honour are in `REFUSED`, here (model and script) and in config.py (training): a
+value other than the default is an error that names the option. Options that change no number in their combination are not
+used (`unused`).
 """
 
 # ruff: noqa: RUF009 (_option is dataclasses.field)
@@ -99,7 +100,7 @@ class ModelArguments:
 
 
 _QUANTISED = "quantised weights are not supported: use_peft with dtype=bfloat16 needs the least memory here"
-# name -> why no value but the default is accepted: each would change what is computed, or where it goes
+# name -> why only the default is accepted; another value would change what is computed
 REFUSED = {
     "dataset_streaming": "the data's length must be known: download it first",
     "streaming": "the data's length must be known: download it first",
@@ -109,9 +110,9 @@ REFUSED = {
 }
 QUANTISATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 HUB = ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
-# Options of older versions that change no number either: accepted, hidden.
+# Options of older versions that change no number either; they are accepted and not shown.
 OLD_UNUSED = ("group_by_length",)
-# Keys of an entry of `datasets` in TRL, and what to do instead of those that are not read.
+# Keys of an entry of `datasets` in TRL, with what to do instead for those that are not read.
 ENTRY = {
     "path": None,
     "name": None,
@@ -124,7 +125,7 @@ ENTRY = {
 
 
 def changed(values, names) -> list[str]:
-    """Those of the named fields of a dataclass that differ from their defaults."""
+    """The named fields of a dataclass that differ from their defaults."""
     defaults = {f.name: f.default for f in dataclasses.fields(values)}
     return [name for name in names if name in defaults and getattr(values, name) != defaults[name]]
 
@@ -135,7 +136,7 @@ def evaluates(values: Mapping) -> bool:
 
 
 def unused(values: Mapping, defaults: Mapping) -> dict[str, str]:
-    """Options among `values` (of all three classes) that change no number, each with the reason, "" where none is needed."""
+    """Options among `values` (of all three classes) that change no number, each with a reason, or "" where none is needed."""
     found = unused_options(values, defaults)
 
     def idle(names, why: str) -> None:
@@ -163,7 +164,7 @@ def unused(values: Mapping, defaults: Mapping) -> dict[str, str]:
 
 
 def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> None:
-    """What can be said before any file is looked at. Raises ValueError, naming every option that cannot be honoured."""
+    """Check what needs no file. Raises ValueError, naming every option that cannot be honoured."""
     refused = [
         f"{name}={getattr(values, name)!r} ({REFUSED[name]})"
         for values in (script, args, model)
@@ -201,7 +202,7 @@ def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> No
 def train_sources(script: ScriptArguments) -> list[Source]:
     """The sources of the training pairs, each with its weight.
 
-    Raises ValueError for entries of `datasets` that cannot be mapped, and for options that files make no use of.
+    Raises ValueError for entries of `datasets` that cannot be read, and for options that have no effect on files.
     """
     if script.datasets:
         sources = [_entry(entry) for entry in script.datasets]
@@ -225,7 +226,7 @@ def _entry(entry: str | dict) -> Source:
         if ENTRY[key] and value is not None:
             raise ValueError(f"dpo_fast cannot honour {key}={value!r} in datasets: {ENTRY[key]}. Remove it.")
     source = Source(entry["path"], name=entry.get("name"), split=entry.get("split"))
-    # TRL's default, which a file has no use for.
+    # split="train" is TRL's default, which has no effect on a file.
     return dataclasses.replace(source, split=None) if source.split == "train" and _is_file(source) else source
 
 

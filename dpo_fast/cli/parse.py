@@ -1,4 +1,4 @@
-"""Flags and a YAML file to options: every option of options.py and DPOConfig is both a flag and a key.
+"""Parse flags and a YAML file into options: every option of options.py and DPOConfig is both a flag and a key.
 
 A flag of a yes-or-no option needs no value and has an opposite, `--no_...`. Names are never shortened.
 """
@@ -26,7 +26,7 @@ _CLASSES = (ScriptArguments, DPOConfig, ModelArguments)
 
 
 def parse(argv: list[str], config: dict, path: str | None = None) -> tuple[ScriptArguments, DPOConfig, ModelArguments]:
-    """Options from the flags `argv` over those of the YAML file `path`, checked as far as that needs no file.
+    """Options from the flags `argv`, which override the YAML file's (`config`), checked as far as that needs no other file.
 
     Options that change no number are named in one warning and get their defaults. Raises ValueError for unknown names
     (all at once), values of the wrong type, and options that cannot be honoured.
@@ -56,7 +56,7 @@ def parse(argv: list[str], config: dict, path: str | None = None) -> tuple[Scrip
 
 
 def _take_file(parser, options: dict[str, argparse.Action], kinds: dict[str, set], config: dict) -> None:
-    """The file's options become the parser's defaults. Raises ValueError that names every unknown one."""
+    """Make the file's options the parser's defaults. Raises ValueError that names every unknown one."""
     opposites = {k: k[3:] for k, v in config.items() if k[:3] == "no_" and k[3:] in options and isinstance(v, bool)}
     if wrong := [key for key in config if opposites.get(key, key) not in options or key == "config"]:
         raise ValueError(unknown(wrong, options) + _SEE)
@@ -75,7 +75,7 @@ class _Parser(HfArgumentParser):
 
 
 def _kinds(hint) -> set:
-    """The types that a hint allows, without what they hold: {list, NoneType} of `list[str] | None`."""
+    """The types that a hint allows, without their element types: {list, NoneType} of `list[str] | None`."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return {typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))}
 
@@ -97,16 +97,16 @@ def _parser(kinds: dict[str, set]) -> _Parser:
     for name in OLD_UNUSED:
         parser.add_argument(f"--{name}", nargs="?", const="true", type=str, help=argparse.SUPPRESS)
         kinds[name] = {str, types.NoneType}
-    # argparse takes -1e-5 for an option.
+    # Without this argparse takes -1e-5 for an option.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
-    # Progress bars are for people; only the main process prints; a machine without an accelerator has one choice.
+    # Progress bars are for people, only the main process prints, and without an accelerator only the CPU is left.
     parser.set_defaults(disable_tqdm=not sys.stderr.isatty(), log_level_replica="error")
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     return parser
 
 
 def _options(parser: _Parser) -> dict[str, argparse.Action]:
-    """Name to option, without the opposites."""
+    """Every option by its name, without the `--no_` opposites."""
     return {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
 
 
@@ -136,7 +136,7 @@ def _from_yaml(action: argparse.Action, kinds: set, value):
 
 
 def _typed(action: argparse.Action, value):
-    # YAML reads a bare no as false.
+    # YAML reads a bare `no` as false.
     text = "no" if value is False and "no" in (action.choices or ()) else str(value)
     try:
         typed = action.type(text)

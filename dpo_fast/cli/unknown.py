@@ -1,11 +1,11 @@
-"""The message for names that are no options: what each became, or the nearest option that there is."""
+"""The message for unknown option names: what to write instead, or the nearest option that exists."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 _LAUNCH = "start with `accelerate launch --{} -m dpo_fast.train ...`"
 _GONE = "it is gone from transformers: leave it out"
-# Names of older versions and of other programs, and what to do instead.
+# Names from older versions and other programs, with what to do instead.
 _HINTS = {
     "torch_dtype": "now dtype",
     "evaluation_strategy": "now eval_strategy",
@@ -42,7 +42,7 @@ _HINTS = {
         for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
     },
 }
-_LIKENESS = 0.8  # of difflib: names that are less alike are other options
+_LIKENESS = 0.8  # difflib's measure; names that are less alike are not suggested
 
 
 def unknown(names: Sequence[str], known: Iterable[str]) -> str:

@@ -1,1 +1,1 @@
-"""From files to token ids: sources, layouts, tokenisation, and a report of what the trainer will see."""
+"""The way from files to token ids: sources, layouts, tokenisation, and a report of what the trainer will see."""

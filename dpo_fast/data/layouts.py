@@ -1,6 +1,6 @@
-"""Layouts of a row: columns decide the layout, a layout gives (tag, prompt, chosen, rejected), `make_pair` does the rest.
+"""Layouts of a row: its columns decide the layout, which gives (tag, prompt, chosen, rejected) to `make_pair`.
 
-What comes out is the normalised pair of data.py. Nothing here reads a file.
+The result is a normalised row as sources.py defines it. Nothing here reads a file.
 """
 
 import json
@@ -12,11 +12,11 @@ SHAREGPT_ROLES |= {role: role for role in ("user", "assistant", "system", "tool"
 
 
 class BadRowError(Exception):
-    """What is wrong with one row; details follow the first ': ' so that reasons can be counted."""
+    """One row cannot be used; in the message details follow the first ': ', so that equal reasons can be counted."""
 
 
 def read_row(row, ranking_pairs: str) -> tuple[str, dict, list[tuple]]:
-    """Layout, extras (tools, chat_template_kwargs, p_chosen) and (tag, prompt, chosen, rejected) of one row."""
+    """Layout, extras (tools, chat_template_kwargs, p_chosen) and a list of (tag, prompt, chosen, rejected) of one row."""
     if isinstance(row, BadRowError):
         raise row
     if not isinstance(row, dict):
@@ -88,7 +88,7 @@ def _reply(value):
 
 
 def _ranked(row: dict, ranking_pairs: str) -> list[tuple]:
-    """Pairs of N completions: all strictly ordered ones, best first, or the best with the worst."""
+    """Pairs of N completions: all pairs of unequal rank, the best completion first, or only the best with the worst."""
     completions = row["completions"]
     if not isinstance(completions, list):
         raise BadRowError(f"'completions' must be a list: found {type(completions).__name__}")
@@ -112,7 +112,7 @@ def _numbers(field: str, values, n: int) -> list[float]:
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
     )
     if not numeric or len(values) != n:
-        raise BadRowError(f"'{field}' must hold one number a completion: {n} completions, {field} {values}")
+        raise BadRowError(f"'{field}' must hold one number per completion: {n} completions, {field} {values}")
     return values
 
 
@@ -123,7 +123,7 @@ def _preferred(cost: list[float], ranking_pairs: str) -> list[tuple[int, int]]:
     return [(i, j) for k, i in enumerate(order) for j in order[k + 1 :] if cost[i] < cost[j]]
 
 
-# (name, columns that must be there, reader); the first match wins.
+# (name, required columns, reader); the first match wins.
 LAYOUTS = (
     ("prompt, chosen, rejected", ("prompt", "chosen", "rejected"), _direct),
     ("prompt, completions, ranks", ("prompt", "completions", "ranks"), _ranked),
@@ -137,7 +137,7 @@ LAYOUTS = (
 
 
 def read_prompt(row) -> str | list[dict]:
-    """The prompt of one row, text or messages: that of its completions where it holds some, else the one it names.
+    """The prompt of one row, text or messages, as its pairs have it or, without completions, as its column holds it.
 
     Messages without completions that end with the assistant are a whole conversation, whose last reply is left out.
     """
@@ -163,7 +163,7 @@ def read_prompt(row) -> str | list[dict]:
 
 
 def make_pair(prompt, chosen, rejected) -> tuple[str, dict]:
-    """How the three values were read, and the normalised pair."""
+    """The way in which the three values were read (for the report), and the normalised pair."""
     chosen, rejected = _side("chosen", chosen), _side("rejected", rejected)
     prompt = prompt if prompt is None else _side("prompt", prompt)
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -198,7 +198,7 @@ def make_pair(prompt, chosen, rejected) -> tuple[str, dict]:
 
 
 def _prompt_of_conversations(prompt, chosen: list[dict], rejected: list[dict]) -> tuple[str, list[dict], int]:
-    """Prompt of two conversations that hold it, and how many of their first messages belong to it."""
+    """How it was read, the prompt of two conversations that hold it, and how many of their first messages belong to it."""
     end = min(len(chosen), len(rejected)) - 1
     common = next((i for i in range(end) if chosen[i] != rejected[i]), end)
     if common == 0:
@@ -216,7 +216,7 @@ def _prompt_of_conversations(prompt, chosen: list[dict], rejected: list[dict]) -
 
 
 def _common_text(chosen: str, rejected: str) -> int:
-    """Characters of the implicit prompt: at least one is left to each side, a space goes with the completion."""
+    """Length of the implicit prompt in characters: each side keeps at least one, and a space goes with the completion."""
     end = min(len(chosen), len(rejected)) - 1
     n = next((i for i in range(end + 1) if chosen[i] != rejected[i]), None)
     if n is None:
@@ -225,7 +225,7 @@ def _common_text(chosen: str, rejected: str) -> int:
 
 
 def _side(field: str, value) -> str | list[dict]:
-    """Text as it is, or messages with role and content, without null entries."""
+    """One side of a pair: text as it is, or messages with role and content and without null entries."""
     if isinstance(value, str):
         return _text(field, value)
     value = [value] if isinstance(value, dict) else value
@@ -265,7 +265,7 @@ def _text(field: str, text: str) -> str:
 
 
 def _opens(value) -> bool:
-    """A conversation from its beginning, as a reply never starts with these roles."""
+    """Whether `value` is a conversation from its beginning; a reply never starts with these roles."""
     return isinstance(value, list) and value[0]["role"] in ("user", "system", "developer")
 
 

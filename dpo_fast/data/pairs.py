@@ -1,4 +1,4 @@
-"""Rows of any layout to the examples that the trainer works on, with everything dropped counted and named."""
+"""Rows of any layout become the examples that the trainer works on; everything dropped is counted and named."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -13,11 +13,12 @@ _KEPT = (*_IDS, "rejected_prompt_ids", "p_chosen")
 
 
 class PairDataset(Dataset):
-    """Tokenised pairs: mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`, `index`, maybe `p_chosen` and reference log-probs."""
+    """Tokenised pairs: mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`, `index`, and possibly `p_chosen` and
+    reference log-probs."""
 
     def __init__(self, examples: list[dict]):
         self.examples = [{**example, "index": i} for i, example in enumerate(examples)]
-        self.computed = False  # whether the reference log-probs are ours, of one model, and not the user's
+        self.computed = False  # whether the reference log-probs were computed here, for one model; the user's are not
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -26,7 +27,7 @@ class PairDataset(Dataset):
         return self.examples[i]
 
     def mean_chosen_length(self) -> float:
-        """Scored chosen tokens a pair (the first token of a sequence without a prompt is not scored)."""
+        """Scored chosen tokens per pair (the first token of a sequence without a prompt is not scored)."""
         scored = [len(e["chosen_ids"]) - (not e["prompt_ids"]) for e in self.examples]
         return sum(scored) / len(scored)
 
@@ -41,11 +42,11 @@ def prepare(rows, tokenizer, args, vocab_size: int | None, name: str, share: str
     """`rows` (datasets.Dataset, list of mappings, `Pairs`, `TokenizedPairs` or `PairDataset`) as a new PairDataset.
 
     `share` is what the model can share (default: what was asked for). Raises ValueError for rows that cannot be used,
-    for none left, for a token outside the vocabulary, and for a pair larger than max_tokens_per_batch.
+    where no row is left, for a token outside the vocabulary, and for a pair larger than max_tokens_per_batch.
     """
     examples = getattr(rows, "examples", None)
     if isinstance(rows, PairDataset) and rows.computed:
-        # Of another model, maybe: what it is now comes out of the cache.
+        # These reference log-probs may be another model's; this run takes its own from the cache.
         examples = [{key: e[key] for key in _KEPT if key in e} for e in examples]
     if examples is None:
         examples = _tokenize(rows, tokenizer, args, vocab_size, name)
@@ -61,7 +62,7 @@ def prepare(rows, tokenizer, args, vocab_size: int | None, name: str, share: str
 
 
 def _with_label_noise(examples: list[dict], args, name: str) -> list[dict]:
-    """The examples with `p_chosen`, the chance that the chosen one is really better, in all of them or in none."""
+    """The examples with `p_chosen`, the chance that the chosen one is really better, either in all or in none."""
     missing = [i for i, example in enumerate(examples) if example.get("p_chosen") is None]
     if len(missing) == len(examples):
         if name == "train" and args.label_noise in ("smoothing", "weight"):

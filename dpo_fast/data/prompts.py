@@ -1,7 +1,7 @@
-"""Prompts to complete, from files and the hub: rows that hold a prompt alone, or pairs and rankings whose prompts are taken.
+"""Prompts to complete, from files and the hub: rows hold a prompt alone, or are pairs and rankings whose prompts are taken.
 
-A prompt is text or a list of messages that ends before the reply. What a row with completions may look like is in
-layouts.py; a row without them has `prompt`, `messages` or `conversations`, or is one line of a .txt file.
+A prompt is text or a list of messages that ends before the reply. layouts.py says what a row with completions may look
+like; a row without them has `prompt`, `messages` or `conversations`, or is one line of a .txt file.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def _rows(source: Source, split: str) -> Iterator[tuple[str, object]]:
     if path.suffix.lower() != ".txt":
         yield from read_source(source, split)
         return
-    # Opened as text with newline="\n": the other characters that str.splitlines cuts at may belong to a prompt.
+    # The file is opened as text with newline="\n": the other characters that str.splitlines cuts at may belong to a prompt.
     with open(path, encoding="utf-8", newline="\n") as file:
         try:
             for number, line in enumerate(file, 1):

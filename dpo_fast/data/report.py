@@ -1,6 +1,6 @@
-"""What the trainer will see of the data, as text: the report of `--inspect_data`.
+"""The report of `--inspect_data`: what the trainer will see of the data, as text.
 
-The batches are those of training, and so are the forests that are counted.
+The batches and the forests that are counted are those of training.
 """
 
 from collections import Counter, defaultdict
@@ -50,7 +50,7 @@ def _first_pair(example: dict, tokenizer) -> str:
     for side in ("chosen", "rejected"):
         ids = example.get(f"{side}_prompt_ids", example["prompt_ids"])
         prompt, both = tokenizer.decode(ids), tokenizer.decode(ids + example[f"{side}_ids"])
-        # Decoded on its own, a completion may lose its first space.
+        # A completion that is decoded alone may lose its first space.
         scored = both[len(prompt) :] if both.startswith(prompt) else tokenizer.decode(example[f"{side}_ids"])
         lines.append(f"-- {side} ({OPEN}scored{CLOSE})\n{prompt}{OPEN}{scored}{CLOSE}")
     return "\n".join(lines)
@@ -74,7 +74,7 @@ def _histogram(values: list[int]) -> str:
     lines = [f"min {low}, median {ordered[len(ordered) // 2]}, max {high}"]
     for i in range((high - low) // width + 1):
         start = low + i * width
-        # The smallest count still shows.
+        # Rounding up keeps the smallest count visible.
         bar = "#" * -(-counts[i] * BAR // tallest)
         lines.append(f"  {start:>6}-{start + width - 1:<6} {counts[i]:>7} {bar}".rstrip())
     return "\n".join(lines)
@@ -83,7 +83,7 @@ def _histogram(values: list[int]) -> str:
 def _left_out(pairs: Pairs, tokenized: TokenizedPairs) -> str:
     places = defaultdict(list)
     for place, reason in [*pairs.dropped, *((f"row {index}", reason) for index, reason in tokenized.dropped)]:
-        # What follows the colon differs from row to row.
+        # The text after the colon differs from row to row.
         places[reason.split(": ")[0]].append(place)
     lines = []
     for reason, where in sorted(places.items(), key=lambda item: -len(item[1])):

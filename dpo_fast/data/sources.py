@@ -2,8 +2,8 @@
 
 A normalised row is `{"prompt", "chosen", "rejected"}`: three strings (plain text) or three message lists
 (`[{"role": "user", "content": "..."}]`, for the chat template), and, where the data has them, `tools` (a list),
-`chat_template_kwargs` (a dict) and `p_chosen` (a number). What a row may look like is in layouts.py; tokens are made in tokenization.py. Nothing
-here knows a tokenizer or a model.
+`chat_template_kwargs` (a dict) and `p_chosen` (a number). layouts.py says what a row may look like; tokenization.py makes
+the tokens. Nothing here knows a tokenizer or a model.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|validation|valid|val|dev|eval)([-
 
 
 class DataError(ValueError):
-    """A row or file that cannot be used; the message holds the place, the field and what to do."""
+    """A row or file cannot be used; the message names the place and the field and says what to do."""
 
 
 @dataclasses.dataclass
 class Source:
-    """Where pairs come from: a .jsonl, .json or .parquet file (.gz too), a directory of them, or a hub name.
+    """A place that pairs come from: a .jsonl, .json or .parquet file (.gz too), a directory of them, or a hub name.
 
-    weight repeats (2 = twice) or subsamples (0.5 = half) the source's pairs. split and name (the hub's configuration)
-    choose among a directory's or hub data set's parts; for a file they are an error.
+    `weight` repeats (2 = twice) or subsamples (0.5 = half) the source's pairs. `split` and `name` (the hub's
+    configuration) choose among a directory's or hub data set's parts; for a file they are an error.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Source:
 
 @dataclasses.dataclass
 class Pairs:
-    """Normalised rows, the layout found in each source, and (place, reason) of every row left out."""
+    """Normalised rows, the layout found in each source, and (place, reason) of every row that was left out."""
 
     rows: list[dict] = dataclasses.field(default_factory=list)
     layout: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -59,9 +59,9 @@ def load_pairs(
 ) -> Pairs:
     """Read and normalise every source, in order; pairs of one ranked prompt stay next to each other.
 
-    split: used by directories and hub names whose Source names none. ranking_pairs: "all" strictly ordered pairs of
-    ranked completions, or "best_worst". seed: which pairs a fractional weight keeps.
-    Raises FileNotFoundError for a missing path; DataError for a row that cannot be used (with skip_bad_rows it is
+    `split` holds for directories and hub names whose Source names none. `ranking_pairs` takes "all" strictly ordered pairs
+    of ranked completions, or "best_worst". `seed` decides which pairs a fractional weight keeps.
+    Raises FileNotFoundError for a missing path. Raises DataError for a row that cannot be used (with skip_bad_rows it is
     counted in `dropped` instead), for text mixed with messages, and when no pair is left.
     """
     sources = [sources] if isinstance(sources, str | Source) else sources
@@ -91,7 +91,7 @@ def normalise_rows(
 ) -> Pairs:
     """Normalise rows in memory: a list of dicts or a `datasets.Dataset`. `where` names them in messages (from row 0).
 
-    Raises DataError as `load_pairs`.
+    Raises DataError as `load_pairs` does.
     """
     located = ((f"{where} row {i}", row) for i, row in enumerate(rows))
     pairs, kinds = _normalise(located, where, ranking_pairs, skip_bad_rows)
@@ -100,7 +100,7 @@ def normalise_rows(
 
 
 def split_pairs(pairs: Pairs, size: float, seed: int = 0) -> tuple[Pairs, Pairs]:
-    """`(the rest, held out)`: about `size` pairs (a share below 1, or a number) are held out, whole prompts at a time.
+    """Hold out about `size` pairs (a share below 1, or a number), whole prompts at a time; returns (the rest, held out).
 
     No prompt is on both sides. Raises ValueError where one side would be empty.
     """
@@ -131,19 +131,20 @@ def _check_usable(pairs: Pairs, kinds: dict[str, str]) -> None:
 
 
 def _weighted(rows: list[dict], weight: float, rng: random.Random) -> list[dict]:
-    """floor(weight) copies of all rows and a random share, in order, for the rest."""
+    """floor(weight) copies of all rows, and for the rest of the weight a random share of them in order."""
     whole = math.floor(weight)
     share = sorted(rng.sample(range(len(rows)), round((weight - whole) * len(rows))))
     return rows * whole + [rows[i] for i in share]
 
 
-# Reading: every reader yields (place, row), or (place, BadRowError) for a line that is not a row.
+# ---- Reading: every reader yields (place, row), or (place, BadRowError) for a line that is not a row. ----
 
 
 def locate(source: Source, split: str = "train") -> list[Path] | None:
-    """The files of a source, found without reading them; None for a hub name.
+    """The files of a source, found without reading them, or None for a hub name.
 
-    Raises FileNotFoundError for a missing path, ValueError (DataError) for one that cannot be what it is named as.
+    Raises FileNotFoundError for a missing path, ValueError (DataError) for a file of an unknown kind, a directory without
+    the split, and a split or name that has no effect.
     """
     path = Path(source.path).expanduser()
     if path.is_dir():
@@ -171,7 +172,7 @@ def read_source(source: Source, split: str) -> Iterator[tuple[str, object]]:
 
 
 def _files_of_split(directory: Path, split: str) -> list[Path]:
-    """`train.jsonl`, `train-00000-of-00002.parquet`, ...; every data file when none carries a split's name."""
+    """The files `train.jsonl`, `train-00000-of-00002.parquet`, ..., or every data file when no name holds a split's."""
 
     def stem(file: Path) -> str:
         return file.name.removesuffix(".gz").rpartition(".")[0]
@@ -195,7 +196,7 @@ def _open(path: Path):
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    # Bytes, so that only \n ends a line: str.splitlines also cuts at characters that JSON strings may hold.
+    # The file is read as bytes, so that only \n ends a line: str.splitlines also cuts at characters that JSON may hold.
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -254,11 +255,11 @@ def _read_hub(source: Source, split: str) -> Iterator[tuple[str, object]]:
 READERS = {".jsonl": _read_lines, ".ndjson": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
 
 
-# Normalising: layouts.py reads a row, here rows are gathered and the bad ones named.
+# ---- Normalising: layouts.py reads a row; here rows are gathered and the bad ones are named. ----
 
 
 def _normalise(located, where: str, ranking_pairs: str, skip_bad_rows: bool) -> tuple[Pairs, dict[str, str]]:
-    """Pairs of one source, and the place of its first row of each kind ("text", "messages")."""
+    """The pairs of one source, and the place of its first row of each kind ("text", "messages")."""
     if ranking_pairs not in RANKING_PAIRS:
         raise ValueError(f"ranking_pairs={ranking_pairs!r} is not one of {', '.join(RANKING_PAIRS)}")
     pairs, layouts, kinds = Pairs(), Counter(), {}

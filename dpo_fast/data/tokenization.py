@@ -18,12 +18,12 @@ ROWS_A_CALL = 1024
 
 @dataclasses.dataclass
 class TokenizedPairs:
-    """Examples `{"prompt_ids", "chosen_ids", "rejected_ids"}` (lists of int, completions already cut) and what was lost.
+    """Examples `{"prompt_ids", "chosen_ids", "rejected_ids"}` (lists of int, already truncated) and what was lost.
 
     An example keeps the `p_chosen` of its row.
 
-    dropped: (index into the rows, reason). truncated: pairs with a completion cut at max_length. identical: kept pairs
-    whose completions have the same ids (no gradient with a margin loss). warnings: sentences for the user.
+    dropped: (index into the rows, reason). truncated: the number of pairs that max_length cut. identical: the number of
+    kept pairs whose completions have the same ids (a margin loss has no gradient there). warnings: sentences for the user.
     """
 
     examples: list[dict[str, list[int]]] = dataclasses.field(default_factory=list)
@@ -43,19 +43,20 @@ def tokenize_pairs(
     skip_bad_rows: bool = False,
     log: Callable[[str], None] = print,
 ) -> TokenizedPairs:
-    """Ids of normalised rows (data.py): text gets the EOS unless it ends with it, messages get the chat template.
+    """Ids of normalised rows (sources.py): text gets the EOS unless it ends with it, messages get the chat template.
 
-    max_length: most tokens of prompt + completion (None: no limit); `truncate` says what stays. vocab_size: rows of the model's embedding, to check ids against.
-    Raises ValueError for a tokenizer without the EOS or chat template that the rows need and for ids the model does
-    not have; DataError for a row that the template refuses or that has nothing to score (dropped with skip_bad_rows),
-    and when no pair is left.
-    Semantics: TRL 1.16, `DPOTrainer._prepare_dataset` and `DataCollatorForPreference`.
+    `max_length` is the largest number of tokens of prompt + completion (None: no limit); `truncate` says what stays.
+    `vocab_size` is the number of rows of the model's embedding, which ids are checked against.
+    Raises ValueError for a tokenizer without the EOS or chat template that the rows need and for ids that the model does
+    not have. Raises DataError for a row that the template refuses or that has no token to score (dropped with
+    skip_bad_rows), and when no pair is left.
+    The semantics are those of TRL 1.16's `DPOTrainer._prepare_dataset` and `DataCollatorForPreference`.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length}: a prompt and one token to score need at least 2")
     _check_tokenizer(rows, tokenizer)
     result = TokenizedPairs()
-    clipped: list[tuple[int, str]] = []  # rows whose prompt loses tokens at its end, and those tokens as text
+    clipped: list[tuple[int, str]] = []  # rows whose prompt loses tokens at its end, with those tokens as text
     double_bos = 0
 
     def bad(index: int, reason: str) -> None:
@@ -100,10 +101,10 @@ def tokenize_pairs(
 def truncate(
     prompt: list[int], chosen: list[int], rejected: list[int], *, max_length: int | None, truncation_mode: str
 ) -> dict[str, list[int]] | None:
-    """The example of a pair whose sequences have at most `max_length` tokens, None where no completion would be left.
+    """The example of a pair, cut to sequences of at most `max_length` tokens; None where no completion would be left.
 
-    keep_start: the completions lose their ends. keep_end: each sequence loses its start, the prompt's first, so that the
-    rejected one may be left with another end of the prompt, `rejected_prompt_ids`.
+    With keep_start the completions lose their ends. With keep_end each sequence loses its start, tokens of the prompt
+    first, so that the rejected completion may follow another end of the prompt, `rejected_prompt_ids`.
     """
     if max_length is None or len(prompt) + max(len(chosen), len(rejected)) <= max_length:
         return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
@@ -133,7 +134,7 @@ def _check_tokenizer(rows: list[dict], tokenizer) -> None:
 
 
 def _three_tokenisations(rows: list[dict], tokenizer) -> list[list[list[int]] | str]:
-    """Ids of prompt, prompt + chosen and prompt + rejected of each row, or what is wrong with it."""
+    """Ids of prompt, prompt + chosen and prompt + rejected of each row, or a text that says what is wrong with it."""
     texts = [_text_row(row, tokenizer.eos_token) if _is_text(row) else _render(row, tokenizer) for row in rows]
     # A template writes its special tokens itself; plain text gets those that the tokenizer adds.
     plain = _encode([t for row, t in zip(rows, texts, strict=True) if _is_text(row)], tokenizer, True)
@@ -142,7 +143,7 @@ def _three_tokenisations(rows: list[dict], tokenizer) -> list[list[list[int]] | 
 
 
 def _encode(rows: list[list[str] | str], tokenizer, add_special_tokens: bool):
-    """Ids of each row's texts in turn; one call of the tokenizer, equal texts once (rankings repeat them)."""
+    """An iterator over the ids of each row's texts; one call tokenises equal texts once (rankings repeat them)."""
     distinct = list(dict.fromkeys(text for texts in rows if isinstance(texts, list) for text in texts))
     ids = {}
     if distinct:
@@ -159,7 +160,7 @@ def _text_row(row: dict, eos: str) -> list[str]:
 
 
 def _render(row: dict, tokenizer) -> list[str] | str:
-    """The chat template's text of prompt (with its generation prompt), prompt + chosen, prompt + rejected."""
+    """The chat template's text of the prompt (with its generation prompt), prompt + chosen and prompt + rejected."""
     options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {}), "tokenize": False}
     prompt = row["prompt"]
     try:

@@ -1,5 +1,5 @@
-"""What the demo trains on: short questions, each with a terse and a polite answer, a rule that judges answers, and a
-byte-level tokenizer. Made by rule from a seed; nothing is downloaded.
+"""The demo's data: short questions, each with a terse and a polite answer, a rule that judges answers, and a byte-level
+tokenizer. The questions are made by rule from a seed; nothing is downloaded.
 
 Every fact is asked in six wordings. Two of them, drawn at random, are held out: they are never trained with that fact.
 """
@@ -115,7 +115,7 @@ def pair(question: Question, chosen: str) -> dict[str, str]:
 
 
 def judge_style(answer: str) -> str | None:
-    """`polite`, `terse`, or None for an answer in neither form. Looks at the form alone, not at what is said."""
+    """`polite`, `terse`, or None for an answer in neither form. The judge looks at the form alone, not at the content."""
     if _POLITE.fullmatch(answer):
         return POLITE
     return TERSE if _TERSE.fullmatch(answer) else None
@@ -127,7 +127,7 @@ def is_correct(question: Question, answer: str) -> bool:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte (no merges), and <bos>, <eos>, <pad>; <bos> begins every text. 259 ids."""
+    """A tokenizer with one token per byte (no merges) and <bos>, <eos>, <pad>: 259 ids. <bos> begins every text."""
     specials = [BOS, EOS, PAD]
     vocab = {token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -1,9 +1,9 @@
 """The embedded default: `python -m dpo_fast.train` without arguments. DPO at work in about two minutes, offline, on a CPU.
 
 A tiny byte-level Llama first learns, with the loss `sft`, to answer short questions tersely or politely, each style half
-of the time. Then DPO prefers the polite style. What is measured on held-out questions, before and after: how often an
-answer is polite and how often it is right (rules in questions.py), and the reward margin. Both stages are an ordinary
-`DPOTrainer` run; nothing here is special to the demo but the data and the printing.
+of the time. Then DPO prefers the polite style. Before and after, the demo measures on held-out questions how often an
+answer is polite, how often it is right (rules in questions.py), and the reward margin. Both stages are ordinary
+`DPOTrainer` runs; only the data and the printing are special to the demo.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .questions import POLITE, TERSE, Question, byte_tokenizer, is_correct, judg
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run of the demo can vary; the defaults are what was tuned to fit two minutes."""
+    """The settings of a demo run; the defaults were tuned to fit two minutes."""
 
     output_dir: str = "runs/demo"
     hidden_size: int = 128
@@ -47,18 +47,18 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `run` measured, and where the checkpoint lies."""
+    """The measurements of `run`, and where the checkpoint is."""
 
     before: Stage
     after: Stage
     questions: list[Question]  # held out
-    tokens_saved: float  # share of DPO's tokens that sharing prompts left out
+    tokens_saved: float  # share of DPO's packed tokens that sharing left out
     seconds: float
     checkpoint: Path
 
 
 class Progress(ProgressCallback):
-    """transformers' progress bar with a name, and a short line instead of the whole dictionary at a log step."""
+    """transformers' progress bar with a name, and with a short line instead of the whole dictionary at a log step."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -69,7 +69,7 @@ class Progress(ProgressCallback):
         self.training_bar.set_description(self.name)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        """No bar: an evaluation takes a second."""
+        """Show no bar, since an evaluation takes a second."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:  # an evaluation, or the summary at the end
@@ -83,7 +83,7 @@ class Progress(ProgressCallback):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print what it measured; returns 0."""
+    """Run the demo, print what it measured, and return 0."""
     parser = argparse.ArgumentParser(
         prog="python -m dpo_fast.demo", description="DPO at work, offline, in two minutes."
     )
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(settings: Settings) -> Result:
-    """Both stages and the measurements around them, printed as they come."""
+    """Run both stages and the measurements around them, and print the results as they come."""
     start = time.perf_counter()
     train, held_out = make_questions(settings.seed)
     tokenizer = byte_tokenizer()
@@ -104,7 +104,7 @@ def run(settings: Settings) -> Result:
     weights = sum(p.numel() for p in model.parameters())
     print("dpo_fast demo: a model learns to answer, then DPO teaches it manners. All on this machine's CPU.")
     print(
-        f"  {weights / 1e6:.2f}M weights, a token a byte; {len(train)} training and {len(held_out)} held-out questions"
+        f"  {weights / 1e6:.2f}M weights, one token per byte; {len(train)} training and {len(held_out)} held-out questions"
     )
     for style in (TERSE, POLITE):
         print(f"  {style}: {held_out[0].prompt.strip()} {held_out[0].styled(style)}".replace("\n", " "))
@@ -183,7 +183,7 @@ def make_trainer(name: str, model, tokenizer, settings: Settings, train, held_ou
 
 @contextlib.contextmanager
 def one_thread():
-    """Compute on one thread: beside a busy core, two threads were 4 to 12 times as slow as one (two cores, torch 2.13)."""
+    """Compute on one thread: while one of two cores was busy, two threads were 4 to 12 times as slow as one (torch 2.13)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -193,7 +193,7 @@ def one_thread():
 
 
 def measure(trainer: DPOTrainer, questions: list[Question], seed: int) -> Stage:
-    """The trainer's model on the held-out questions, and its rewards on the held-out pairs."""
+    """Measure the trainer's model on the held-out questions, and its rewards on the held-out pairs."""
     answers = answer(trainer.model, trainer.processing_class, [q.prompt for q in questions], seed)
     rewards = trainer.evaluate()
     return Stage(

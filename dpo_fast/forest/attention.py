@@ -1,11 +1,11 @@
 """Attention over a prefix forest, registered with transformers under the name `dpo_fast`.
 
-The forest reaches the function as the keyword argument `forest` of `model.model(...)`; so it survives gradient
-checkpointing. A call without a forest must say so (`forest=None, plain_attention=True`, see model.py), because a forest
-row seen without its forest reads a branch as a new document and gives wrong numbers in silence.
+The forest reaches the function as the keyword argument `forest` of `model.model(...)`, so it survives gradient
+checkpointing. A call without a forest must say so (`forest=None, plain_attention=True`, see model.py): without its forest,
+attention would take every branch of a forest for a new document and silently give wrong numbers.
 
-CPU, and fp32 on CUDA: SDPA, one call a block of the forest. CUDA in bf16 and fp16: `varlen.py`. Soft-capping and
-attention sinks: plain matrix products on the CPU, FlexAttention on CUDA. This file knows no model and no loss.
+The CPU, and fp32 on CUDA, run one SDPA call per block of the forest; bf16 and fp16 on CUDA run `varlen.py`. Soft-capping
+and attention sinks need plain matrix products on the CPU and FlexAttention on CUDA. This file knows no model and no loss.
 """
 
 import contextvars
@@ -18,10 +18,10 @@ from .packing import PrefixForest
 
 NAME = "dpo_fast"
 
-# Whether a forest row is on its way through a trunk in this context.
+# True while a trunk runs over a forest in this context.
 ON_FOREST = contextvars.ContextVar("dpo_fast_on_forest", default=False)
 
-# What one more SDPA call costs, in attention scores of one head (two cores, fp32, 9 heads of 64, 1280 rows).
+# The cost of one more SDPA call, in attention scores of one head (two cores, fp32, 9 heads of 64, 1280 rows).
 CALL_COST = 5_000
 
 
@@ -44,7 +44,8 @@ def forest_attention(
     """transformers' attention interface: output [1, T, H, Dv].
 
     Equivalent: `softmax(q @ k.T * scaling + mask) @ v` with the mask `k <= q < subtree_end[k]` (and
-    `q_position - k_position < sliding_window`). Raises RuntimeError without a forest, ValueError for what is not understood.
+    `q_position - k_position < sliding_window`). Raises RuntimeError without a forest, and ValueError for dropout, position
+    biases and masks, which cannot be honoured on a forest.
     """
     if forest is None:
         if not plain_attention:
@@ -61,7 +62,7 @@ def forest_attention(
         raise ValueError("attention with a position bias is not supported on a prefix forest")
     if attention_mask is not None and attention_mask.numel():
         raise ValueError("the model makes an attention mask of its own, which a prefix forest cannot follow")
-    # `forest_mask` states the window of the layer's mask, which some models (qwen2_moe) tell only there.
+    # `forest_mask` passes on the window of the layer's mask; some models (qwen2_moe) give the window nowhere else.
     window = None if attention_mask is None else attention_mask.shape[0]
     if sliding_window not in (None, window):
         raise ValueError(f"a sliding window of {sliding_window} is asked for, but the layer's mask has {window}")
@@ -79,12 +80,12 @@ def forest_attention(
         return varlen_attention_forest(query, key, value, forest, scale, sliding_window), None
     else:
         out = block_attention(query, key, value, forest, scale, sliding_window)
-    # Contiguous as transformers' own: some models (jetmoe, afmoe) take a view of it.
+    # The output is contiguous like transformers' own, since some models (jetmoe, afmoe) take a view of it.
     return out.transpose(1, 2).contiguous(), None
 
 
 def block_attention(query, key, value, forest, scale, sliding_window=None, softcap=None, s_aux=None) -> torch.Tensor:
-    """One call a block of `plan_blocks`, [1, H, T, Dk] -> [1, H, T, Dv]."""
+    """One attention call per block of `plan_blocks`, [1, H, T, Dk] -> [1, H, T, Dv]."""
     blocks = plan_blocks(forest)
     sizes = [end - start for start, end in forest.spans]
     keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
@@ -99,7 +100,7 @@ def block_attention(query, key, value, forest, scale, sliding_window=None, softc
             mask = _causal(q.shape[2], q.device) if mask is None else mask
             outputs.append(matmul_attention(q, k, v, mask, scale, softcap, s_aux))
         else:
-            # A float mask of the query's type is passed on as it is; a boolean one is converted in every call.
+            # SDPA uses a float mask of the query's type as it is, and would convert a boolean one in every call.
             bias = None if mask is None else _bias(forest, mask, first, sliding_window, q.dtype)
             gqa = q.shape[1] != k.shape[1]
             outputs.append(
@@ -111,13 +112,13 @@ def block_attention(query, key, value, forest, scale, sliding_window=None, softc
 
 
 def matmul_attention(q, k, v, mask, scale, softcap=None, s_aux=None) -> torch.Tensor:
-    """Attention written out, with soft-capped scores (gemma2) and one sink logit a head (gpt-oss, `s_aux` [H])."""
+    """Attention written out, with soft-capped scores (gemma2) and one sink logit per head (gpt-oss, `s_aux` [H])."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(2, 3) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    # Not -inf: the padding rows of a plain batch see nothing, and NaN would reach the others through their values.
+    # The lowest number instead of -inf: padding rows of a plain batch see nothing, and their NaN would reach other rows.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
@@ -129,9 +130,9 @@ def matmul_attention(q, k, v, mask, scale, softcap=None, s_aux=None) -> torch.Te
 def plan_blocks(forest: PrefixForest) -> list[tuple[int, int, tuple[int, ...]]]:
     """Cut the forest into blocks (first segment, last segment + 1, segments above) with the fewest attention scores.
 
-    A block is a whole subtree under one mask, or one segment with its subtrees as blocks of their own. Short
-    pairs are one block; a long prompt is a block of its own, and so is each pair under a common system prompt, since one
-    mask over all of them would be quadratic.
+    A block is a whole subtree under one mask, or one segment whose subtrees are blocks of their own. A short pair is one
+    block. A long prompt is a block of its own, and so is each pair under a common system prompt, since one mask over all
+    of them would be quadratic.
     """
     plan = forest.cache.get("blocks")
     if plan is None:
@@ -147,7 +148,7 @@ def _plan(forest: PrefixForest) -> list[tuple[int, int, tuple[int, ...]]]:
         above.append((*above[parent], parent) if parent >= 0 else ())
     depth = [sum(sizes[i] for i in a) for a in above]
     rows, last = list(sizes), list(range(1, count + 1))
-    below = [0] * count  # cost of the children's subtrees, each at its best
+    below = [0] * count  # cost of the children's subtrees, each cut in its cheapest way
     split = [False] * count
     for k in reversed(range(count)):
         whole = CALL_COST + rows[k] * (depth[k] + rows[k])
@@ -167,7 +168,7 @@ def _plan(forest: PrefixForest) -> list[tuple[int, int, tuple[int, ...]]]:
 
 
 def block_masks(forest: PrefixForest, window: int | None, device: torch.device) -> list[torch.Tensor | None]:
-    """Boolean mask [rows, keys] of each block, True where attention is allowed; None for a plain causal block."""
+    """A boolean mask [rows, keys] per block, True where attention is allowed; None for a plain causal block."""
     key = ("masks", window, device)
     if key not in forest.cache:
         forest.cache[key] = [_block_mask(forest, block, window, device) for block in plan_blocks(forest)]
@@ -201,7 +202,7 @@ def _causal(n: int, device: torch.device) -> torch.Tensor:
 
 
 def plain_forward(module, query, key, value, attention_mask, *, scaling, dropout, softcap=None, s_aux=None):
-    """Attention of an ordinary (padded, cached, generated) batch: transformers' SDPA, written out where SDPA cannot."""
+    """Attention of an ordinary (padded, cached, generated) batch: transformers' SDPA, or written out where SDPA cannot do it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if softcap is None and s_aux is None:
@@ -215,9 +216,9 @@ def plain_forward(module, query, key, value, attention_mask, *, scaling, dropout
 
 
 def forest_mask(*args, local_size: int | None = None, **kwargs):
-    """transformers' mask interface: SDPA's mask for a plain call; on a forest row the forest is the mask.
+    """transformers' mask interface: SDPA's mask for a plain call, and only the layer's window over a forest.
 
-    There a layer needs only its window: None without one, else a tensor [window, 0].
+    The forest itself is the mask there. The window is passed on as a tensor [window, 0], or None without one.
     """
     from transformers.masking_utils import sdpa_mask
 

@@ -1,4 +1,4 @@
-"""Batches of pairs on their way to the model: prefix forests, split into parts that fit `max_tokens_per_batch`."""
+"""The collator: batches of pairs become prefix forests, split into parts that fit `max_tokens_per_batch`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from .packing import PrefixForest, pair_tokens
 
 @dataclasses.dataclass
 class Part:
-    """One forward pass: B pairs of a batch (rows 0..B-1 chosen, B..2B-1 rejected)."""
+    """The input of one forward pass: B pairs of a batch (sequences 0..B-1 are chosen, B..2B-1 rejected)."""
 
     forest: PrefixForest
     index: torch.Tensor  # [B] int64, the pairs' places in their data set
     ref_logps: torch.Tensor | None  # [2, B] float32, the reference's chosen and rejected log-probs
     pairs: int  # B
     chosen_tokens: int  # scored tokens of the chosen completions, on the CPU so that nothing waits for the device
-    longest: int = 0  # tokens of the longest sequence: what a padded batch would be as wide as
+    longest: int = 0  # tokens of the longest sequence, the width of the same batch with padding
     p_chosen: torch.Tensor | None = None  # [B] float64, the chance that the chosen one is really better
 
     def to(self, device, non_blocking: bool = False) -> "Part":
@@ -35,15 +35,16 @@ class Part:
 
 
 def padded_tokens(parts: Sequence[Part]) -> int:
-    """Tokens of one batch as rows that are padded to its longest sequence, nothing shared."""
+    """Tokens of one batch whose sequences are padded to the longest, with nothing shared."""
     return 2 * sum(part.pairs for part in parts) * max(part.longest for part in parts)
 
 
 class ForestCollator:
-    """Examples -> {"parts": [Part, ...]}, every pair in one part, order kept.
+    """Examples -> {"parts": [Part, ...]}; every pair is in one part, and the order is kept.
 
-    An example has `prompt_ids`, `chosen_ids`, `rejected_ids`, maybe `index`, and maybe `ref_chosen_logps` and
-    `ref_rejected_logps` (floats) and `p_chosen`. `margin`: the loss is `losses.margin_only`, so what cancels needs no backward pass.
+    An example has `prompt_ids`, `chosen_ids`, `rejected_ids`, and may have `index`, `p_chosen`, `ref_chosen_logps` and
+    `ref_rejected_logps` (floats). `margin` says that the loss is `LossOptions.margin_only`: items whose coefficients
+    cancel then need no backward pass.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class ForestCollator:
         return Part(forest, index, ref, pairs, int(forest.lengths[:pairs].sum()), max(lengths), p_chosen)
 
     def split(self, examples: Sequence[Mapping]) -> list[Sequence[Mapping]]:
-        """Consecutive groups whose tokens fit `max_tokens`."""
+        """The examples in consecutive groups whose tokens fit `max_tokens`."""
         if self.max_tokens is None:
             return [examples]
         groups, room = [], 0

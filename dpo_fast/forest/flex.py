@@ -1,6 +1,6 @@
 """Forest attention on CUDA where scores are soft-capped (gemma2) or a head has a sink (gpt-oss): FlexAttention.
 
-Compiled once for all shapes. FlexAttention has no backward on a CPU; there `attention.matmul_attention` is used.
+It is compiled once for all shapes. FlexAttention has no backward pass on a CPU; `attention.matmul_attention` runs there.
 """
 
 import functools
@@ -33,13 +33,13 @@ def flex_attention_forest(
     if s_aux is None:
         return result.transpose(1, 2)
     out, aux = result
-    # A sink takes its share of the softmax and gives no value: exp(lse) / (exp(lse) + exp(sink)) of the weight stays.
+    # A sink takes a share of the softmax and has no value: exp(lse) / (exp(lse) + exp(sink)) of the weight is left.
     kept = torch.sigmoid(aux.lse - s_aux.to(aux.lse.dtype)[None, :, None])
     return (out * kept[..., None].to(out.dtype)).transpose(1, 2)
 
 
 def block_mask(forest: PrefixForest, window: int | None) -> BlockMask:
-    """The forest as FlexAttention's mask, made once a forest and window."""
+    """The forest as FlexAttention's mask, made once per forest and window."""
     key = ("flex", window)
     if key not in forest.cache:
         end, position = forest.subtree_end, forest.position_ids

@@ -1,10 +1,10 @@
-"""What a model is: which of three ways its trunk can go over a forest, and what follows its head.
+"""What kind of model this is: in which of three ways its trunk runs over a forest, and how it transforms its logits.
 
 Everything here reads the config and the module tree and runs nothing; `prepare_model` (model.py) checks by running.
 
-    shared    one row for the whole forest (attention.py), for models whose attention can be given a forest
-    padded    one sequence per batch row, the model's own attention, for models that mix tokens in another way
-    segments  a module that is not from transformers (`HiddenStateModel`): one call per segment, its state carried on
+    shared    the whole forest in one row of tokens (attention.py), for models whose attention can be given a forest
+    padded    one sequence per batch row under the model's own attention, for models that mix tokens in another way
+    segments  one call per segment, which hands on a state, for a module that is not from transformers (`HiddenStateModel`)
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from .head import output_layer
 
 
 class HiddenStateModel(Protocol):
-    """What dpo_fast needs of a module that is not from transformers.
+    """The methods that dpo_fast needs of a module that is not from transformers.
 
     `hidden_states` maps token ids [1, t] to hidden states [1, t, D] and a state. With `carries_state = True` it accepts
-    that state as the beginning of a continuation, and prompts are shared by carrying it on; else every sequence is
-    computed whole. `get_output_embeddings()` returns the head: a module with `weight` [V, D] and maybe `bias` [V].
+    that state and continues from it, so prompts are shared by handing it on; otherwise every sequence is computed whole.
+    `get_output_embeddings()` returns the head: a module with `weight` [V, D] and maybe `bias` [V].
     """
 
     carries_state: bool
@@ -33,7 +33,7 @@ class HiddenStateModel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the product of hidden states and head: `softcap * tanh(linear(h) * logit_scale / softcap)`."""
+    """A model's transform of its head's output: `softcap * tanh(linear(h) * logit_scale / softcap)`."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -41,13 +41,13 @@ class LogitTransform:
 
 @dataclasses.dataclass(frozen=True)
 class RopeRegime:
-    """Rotary positions that depend on the row's length: other frequencies above `limit` tokens."""
+    """Rotary frequencies that depend on the length of a batch row: they change above `limit` tokens."""
 
-    kind: str  # "longrope": one other set above the limit; "dynamic": another set for each length above it
+    kind: str  # "longrope": one other set of frequencies above the limit; "dynamic": another set per length above it
     limit: int
 
     def of(self, length: int) -> int:
-        """Rows of `length` tokens with equal numbers have the same frequencies."""
+        """A number for rows of `length` tokens; rows with equal numbers have the same frequencies."""
         if length <= self.limit:
             return 0
         return length if self.kind == "dynamic" else 1
@@ -55,14 +55,14 @@ class RopeRegime:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `prepare_model` decided. `obstacle` says why a model is padded; `logits` what follows its head."""
+    """The decision for one model. `obstacle` says why it is padded; `logits` is the transform of its logits."""
 
     path: str  # "shared", "padded" or "segments"
     obstacle: str | None
     logits: LogitTransform
     share: bool  # whether prompts can be shared
-    regimes: tuple["RopeRegime", ...] = ()  # rows of different regimes cannot be padded to one batch
-    attention: str | None = None  # the implementation that a padded model must run; None: the one it has
+    regimes: tuple["RopeRegime", ...] = ()  # rows whose frequencies differ under these cannot share a padded batch
+    attention: str | None = None  # the attention implementation that a padded model must run; None: the one it has
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -77,7 +77,7 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def plan_model(model: torch.nn.Module) -> Plan:
-    """Choose the path for a bare model. Raises ValueError for a model that no path computes correctly."""
+    """Choose the path of a bare model. Raises ValueError for a model that no path computes correctly."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "base_model_prefix"):
         for name in ("hidden_states", "get_output_embeddings"):
@@ -97,7 +97,7 @@ def plan_model(model: torch.nn.Module) -> Plan:
 
 
 def sharing_obstacle(model: torch.nn.Module) -> str | None:
-    """Why the trunk cannot run over a forest row, or None. Reads the config, runs nothing."""
+    """The reason why the trunk cannot run over a forest, or None. It reads the config and runs nothing."""
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return f"{config.model_type} does not use transformers' attention interface"
@@ -125,7 +125,7 @@ def rope_parameters(config) -> list[dict]:
 
 
 def rope_regimes(config) -> tuple[RopeRegime, ...]:
-    """The limits above which rotary frequencies depend on the row's length, as transformers' `dynamic_rope_update` has them."""
+    """The limits above which rotary frequencies depend on the row's length, as in transformers' `dynamic_rope_update`."""
     text, regimes = config.get_text_config(), set()
     for rope in rope_parameters(config):
         kind = rope.get("rope_type") or ""
@@ -137,7 +137,7 @@ def rope_regimes(config) -> tuple[RopeRegime, ...]:
 
 
 def read_logit_transform(config) -> LogitTransform:
-    """Scale and soft-cap of the logits, from the config's names for them."""
+    """Scale and soft-cap of the logits, read from the names that configs have for them."""
     text = config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):

@@ -1,6 +1,7 @@
 """The head of a model as a weight and a bias: its own, a copy that is trained (`modules_to_save`), or LoRA's `W + s B A`.
 
-PEFT's modules are known by what they hold, so that nothing here imports it. What is more than a weight is refused by name.
+PEFT's modules are recognised by their attributes, so nothing here imports PEFT. Adapters that are more than a weight and
+a bias are refused by name.
 """
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 
 def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head of the bare model, None where it has none. Raises ValueError for one that is no weight and bias."""
+    """The head of the bare model, or None. Raises ValueError for a head that is more than a weight and a bias."""
     head = model.get_output_embeddings()
     if head is not None:
         _check(head)
@@ -16,9 +17,9 @@ def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def head_weights(head: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight [V, D] and bias [V] or None that `head(hidden)` multiplies by and adds, adapters that are on included.
+    """The weight [V, D] and bias ([V] or None) that `head(hidden)` multiplies by and adds, active adapters included.
 
-    Equivalent for LoRA: `head.weight + sum(scaling * lora_B.weight @ lora_A.weight)`, so that gradients reach both
+    For LoRA the weight is `head.weight + sum(scaling * lora_B.weight @ lora_A.weight)`, so that gradients reach both
     factors. Raises ValueError for LoRA dropout while training.
     """
     if _is_copy_wrapper(head):

@@ -1,4 +1,4 @@
-"""A model's trunk over a prefix forest and its head on the scored rows, behind the model's own `forward`.
+"""A model's trunk over a prefix forest, and its head on the rows that predict a scored token, behind the model's `forward`.
 
 `prepare_model(model)` gives `model(forest=...)` beside the model's ordinary call, inside the same `forward`, so that DDP,
 FSDP, PEFT and autocast see one module call. The three ways through the trunk, and what a model does between trunk and
@@ -24,12 +24,12 @@ from .packing import PrefixForest
 def prepare_model(
     model: torch.nn.Module, *, workspace_bytes: int = WORKSPACE_BYTES, backend: str | None = None
 ) -> Plan:
-    """Give the bare model `model(forest=..., outputs=...)`; ordinary calls go on as before. Undo with `restore_model`.
+    """Give the bare model the call `model(forest=..., outputs=...)`; ordinary calls stay as they are. `restore_model` undoes it.
 
-    The forest call returns a dict: `token_logps` [N], the statistics named in `outputs` [N], and `aux_loss` of a
-    mixture of experts when asked for with `aux_loss=True`. A few tokens are run through the model's own forward and
-    through the new one: where sharing gives other numbers the model is padded instead (`plan.obstacle` says so).
-    Raises ValueError where no path agrees with the model's own logits.
+    The forest call returns a dict: `token_logps` [N], the statistics named in `outputs` [N], and with `aux_loss=True` the
+    `aux_loss` of a mixture of experts. A few tokens are run through the model's own forward and through the new one;
+    where sharing gives other numbers the model is padded instead, and `plan.obstacle` says so. Raises ValueError where no
+    path agrees with the model's own logits.
     """
     model = base_model(model)
     if hasattr(model, "_dpo_fast"):
@@ -56,7 +56,7 @@ def prepare_model(
 
 
 def own_config(model: torch.nn.Module) -> None:
-    """Give the model a config of its own: an attention set for it must not reach others made from the same object."""
+    """Give the model a config of its own: the attention set for it must not reach other models that share the object."""
     if getattr(model, "config", None) is None:
         return
     copies: dict[int, object] = {}
@@ -75,9 +75,9 @@ def _is_virtual(model) -> bool:
 
 
 def _own_logps(model) -> torch.Tensor:
-    """Log-probs of the probe's completion tokens by the model's own forward, all [sum of lengths, V].
+    """Log-probs of all words at the probe's completion tokens [sum of lengths, V], by the model's own forward.
 
-    With eager attention: other implementations leave out what they do not know, such as a soft-cap.
+    It runs with eager attention, since other implementations silently leave out what they lack, such as a soft-cap.
     """
     prompt, completions = _PROBE
     rows = []
@@ -92,7 +92,7 @@ def _own_logps(model) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _attending(model, implementation: str):
-    """The model with another attention implementation, where its class can change it."""
+    """Run the model with another attention implementation inside, where its class can change it."""
     before = model.config._attn_implementation
     change = before != implementation and model._can_set_attn_implementation()
     if change:
@@ -112,14 +112,14 @@ def _probe(model, plan: Plan, expected: torch.Tensor) -> str | None:
     forest = forest.to(expected.device)
     try:
         with evaluating(model):
-            # The model may still be on the CPU, where the back end of the run's device need not work.
+            # The model may still be on the CPU, where the back end that the run asks for may not work.
             logps = model(forest=forest, backend=None)["token_logps"].double()
     except Exception as error:
         return f"its forward does not hand the forest on: {error}"
     picked = expected.gather(1, forest.targets[:, None])[:, 0]
-    # Not down to the lowest: a model may forbid words with logits of -1e38.
+    # The median stands for the lower end, since a model may forbid words with logits of -1e38.
     spread = (expected.amax() - expected.median()).item()
-    # Half precision rounds, and a router may flip an expert; a wrong mask is off by several nats on a trained model.
+    # Half precision rounds, and a router may pick another expert; a wrong mask is off by several nats on a trained model.
     tolerance = (0.5 if next(model.parameters()).dtype in (torch.float16, torch.bfloat16) else 2e-3) * spread
     error = (logps - picked).abs().max().item()
     return None if error <= tolerance else f"log-probs differ by {error:.3g} from the model's own"
@@ -136,11 +136,11 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
         model.set_attn_implementation(implementation)
     extra = {"plain_attention": True} if plan.path == "shared" else {}
 
-    # `generate` reads the signature to know that it may pass position_ids and an attention_mask.
+    # `generate` reads the signature to learn that it may pass position_ids and an attention_mask.
     @functools.wraps(type(model).forward)
     def forward(self, *args, forest: PrefixForest | None = None, outputs=(), aux_loss=False, backend=backend, **kwargs):
         if forest is None:
-            # By way of self: in a deep copy, `original` is still bound to the first model.
+            # The call goes through self: in a deep copy, `original` is still bound to the first model.
             return (original if own is None else types.MethodType(own, self))(*args, **kwargs, **extra)
         hidden, router_logits = _trunk(self, forest, plan, aux_loss)
         weight, bias = head_weights(output_layer(self))
@@ -167,7 +167,7 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
 
 
 def restore_model(model: torch.nn.Module) -> None:
-    """Undo `prepare_model`: the model's own forward and attention implementation."""
+    """Undo `prepare_model`: give the model its own forward and attention implementation back."""
     model = base_model(model)
     saved = model.__dict__.pop("_dpo_fast", None)
     if saved is None:
@@ -181,10 +181,10 @@ def restore_model(model: torch.nn.Module) -> None:
 
 
 def _trunk(model, forest: PrefixForest, plan: Plan, router: bool) -> tuple[torch.Tensor, tuple | None]:
-    """Hidden states [T, D] of the forest's rows and, of a mixture of experts, router logits [T, E] a layer."""
+    """Hidden states [T, D] of the forest's rows and, where `router` asks for them, router logits [T, E] per layer."""
     if plan.path == "segments":
         return _segments(model, forest, plan.share), None
-    # base_model_prefix and get_decoder() may name a part that a causal LM of the family does not have (llama4_text).
+    # base_model_prefix and get_decoder() may name a part that this causal LM of the family does not have (llama4_text).
     parts = getattr(model, model.base_model_prefix, None), model.get_decoder(), getattr(model, "model", None)
     trunk = next((part for part in parts if part is not None and part is not model), None)
     if trunk is None:
@@ -207,11 +207,11 @@ def _trunk(model, forest: PrefixForest, plan: Plan, router: bool) -> tuple[torch
 
 
 def _padded(trunk, forest: PrefixForest, plan: Plan, extra: dict) -> tuple[torch.Tensor, tuple | None]:
-    """As `_trunk`, one sequence per batch row; rows whose rotary frequencies differ go through the trunk apart."""
+    """`_trunk` with one sequence per batch row; rows whose rotary frequencies differ go through the trunk separately."""
     if any(parent >= 0 for parent in forest.parents):
         raise ValueError("this model computes whole sequences: build its forest with share='none'")
     groups: dict[tuple, list[int]] = {}
-    # The last token of a sequence predicts nothing and is no row, yet it counts where the row's length does.
+    # The last token of a sequence predicts nothing and has no row, yet it counts where frequencies depend on the length.
     unseen = int(bool(plan.regimes) and not forest.sequence_rows.numel())
     for k, (start, end) in enumerate(forest.spans):
         groups.setdefault(tuple(r.of(end - start + unseen) for r in plan.regimes), []).append(k)
@@ -234,7 +234,7 @@ def _padded(trunk, forest: PrefixForest, plan: Plan, extra: dict) -> tuple[torch
 
 
 def _cells(forest: PrefixForest, members: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the segments `members` and where each lies in a padded batch [len(members), length], flattened."""
+    """Rows of the segments `members`, and their places in the flattened padded batch [len(members), length]."""
     rows = torch.cat([torch.arange(*forest.spans[k]) for k in members])
     cells = torch.cat([torch.arange(e - s) + i * length for i, (s, e) in enumerate(forest.spans[k] for k in members)])
     device = forest.input_ids.device
@@ -242,7 +242,7 @@ def _cells(forest: PrefixForest, members: list[int], length: int) -> tuple[torch
 
 
 def reset_rope(model: torch.nn.Module) -> None:
-    """Rotary frequencies as they are before the first row: `dynamic` ones stay those of the longest row seen."""
+    """Reset the rotary frequencies to those before the first row: `dynamic` ones stay those of the longest row seen."""
     for module in model.modules():
         for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
             setattr(module, name, module.original_max_seq_len)
@@ -264,7 +264,7 @@ def _segments(model, forest: PrefixForest, share: bool) -> torch.Tensor:
 
 
 def _load_balancing_loss(model, forest: PrefixForest, router_logits) -> torch.Tensor:
-    """The model's own auxiliary loss over the unshared tokens: a shared token counts once for each of its sequences."""
+    """The model's own auxiliary loss over all tokens of all sequences: a shared token counts once per sequence."""
     if not forest.sequence_rows.numel():
         raise ValueError("the auxiliary loss counts every token: build the forest with keep_last=True")
     config = model.config.get_text_config()
@@ -276,7 +276,7 @@ def _load_balancing_loss(model, forest: PrefixForest, router_logits) -> torch.Te
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module):
-    """Evaluation mode and no gradients, restored afterwards."""
+    """Run in evaluation mode without gradients; the modules' modes are restored afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,10 +1,10 @@
 """The prefix forest: every distinct token of a batch once, in one row without padding.
 
-Sequences (prompt + completion) that begin with the same token ids form a tree. The trees follow each other in one row;
-inside a tree the tokens stand in depth-first order and positions continue from the shared part. One int32 a token is the
-whole attention mask: `allowed(q, k)  <=>  k <= q < subtree_end[k]`.
+Sequences (prompt + completion) that begin with the same token ids form a tree. The trees follow each other in one row of
+tokens; inside a tree the tokens are in depth-first order and positions continue from the shared part. One int32 per token
+is the whole attention mask: `allowed(q, k)  <=>  k <= q < subtree_end[k]`.
 
-Everything here is index arithmetic on the CPU, done in the collator. No model, no loss, no device.
+Everything here is index arithmetic on the CPU, done in the collator. It knows no model, no loss and no device.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from .paths import sum_logps
 
 SHARE_MODES = ("none", "prompt", "prefix")
 
-# A shorter prefix common to different prompts (a lone BOS) costs a gather a layer and saves nothing.
+# A shorter prefix common to different prompts (a lone BOS) costs a gather per layer and saves nothing.
 MIN_SHARED_ACROSS_PROMPTS = 16
 
-# Fewer rows cost a pass over the head's weight more than they save: even at 32 to 64 on 2 CPU cores, V 49152, D 576.
+# Leaving out rows costs one more pass over the head's weight. Fewer rows than this save less than that: the two break even
+# at 32 to 64 rows on 2 CPU cores with V 49152, D 576.
 MIN_LEFT_OUT = 64
 
 
@@ -49,13 +50,13 @@ class PrefixForest:
     parents: tuple[int, ...]  # parent segment of each segment, -1 at a root
     max_q: int
     max_k: int
-    num_tokens: int  # tokens of all sequences, nothing shared, nothing padded
-    grad_items: int  # live items that take part in the backward pass: the first so many
+    num_tokens: int  # tokens of all sequences, with nothing shared and nothing padded
+    grad_items: int  # how many live items take part in the backward pass; they come first
     cache: dict = dataclasses.field(default_factory=dict, repr=False)  # masks that attention keeps between layers
 
     @property
     def rows(self) -> int:
-        """T: tokens that the trunk computes."""
+        """T, the number of tokens that the trunk computes."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixForest":
@@ -71,7 +72,7 @@ class PrefixForest:
         return PrefixForest(**{k: f(v) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
 
     def gather_paths(self, token_values: torch.Tensor) -> torch.Tensor:
-        """Values of live items along each sequence, [N] -> [S, C], zero past the end.
+        """Values of the live items along each sequence, [N] -> [S, C], zero past the end.
 
         Equivalent: `torch.stack([F.pad(token_values[path], (0, C - len(path))) for path in paths])`.
         """
@@ -85,17 +86,17 @@ class PrefixForest:
         return sum_logps(paths, self.lengths, partner_lengths=partner, ld_alpha=ld_alpha).view(2, -1)
 
     def cancelling_last(self) -> "PrefixForest":
-        """The same forest of B pairs, its items that cancel in the gradient of a margin loss last and not in `grad_items`.
+        """The same forest of B pairs with the items that cancel in the gradient of a margin loss last, outside `grad_items`.
 
-        A pair's two coefficients are opposite numbers there (`losses.margin_only`), so an item cancels where every pair
-        that passes it does so with both sides: `all((n in path[i]) == (n in path[B + i]) for i in range(B))`. Fewer than
-        `MIN_LEFT_OUT` stay where they are, and so does everything where nothing else is left: a gradient of zeros is
-        still a gradient.
+        A pair's two coefficients are opposite numbers there (`LossOptions.margin_only`), so an item cancels where each
+        pair has it on both sides or on neither: `all((n in path[i]) == (n in path[B + i]) for i in range(B))`. Fewer than
+        `MIN_LEFT_OUT` such items stay where they are. If all items cancel, they stay too: a gradient of zeros is still a
+        gradient.
         """
         items = len(self.targets)
         chosen, rejected = self.path_index.chunk(2)
-        # Where both sides of a pair follow the same prompt, an item that they share has the same place in both; where the
-        # prompts differ, a shared item with two places counts as needed.
+        # Where both sides of a pair follow the same prompt, a shared item has the same place in both paths. Where the
+        # prompts differ, a shared item may have two places; it then counts as needed, which is safe.
         differ = chosen != rejected
         needed = torch.zeros(items + 1, dtype=torch.bool)
         needed[chosen[differ]] = needed[rejected[differ]] = True
@@ -118,9 +119,9 @@ class PrefixForest:
         share: str = "prefix",
         keep_last: bool = False,
     ) -> "PrefixForest":
-        """Forest of S sequences, one prompt and one completion each (repeat the prompt for several completions).
+        """The forest of S sequences with one prompt and one completion each (repeat the prompt for several completions).
 
-        share: "prefix" shares every common prefix, of responses too; "prompt" shares equal prompts and nothing of the
+        share: "prefix" shares every common prefix, also of completions; "prompt" shares equal prompts and nothing of the
         completions; "none" packs the sequences one after the other.
         Raises ValueError for an unknown `share`, no sequences, different counts, an empty completion, or no token to
         score in any sequence.
@@ -129,7 +130,7 @@ class PrefixForest:
             raise ValueError(f"share={share!r} is not one of {', '.join(SHARE_MODES)}")
         if len(prompts) != len(completions) or not prompts:
             raise ValueError(
-                f"prompts and completions need one entry a sequence, got {len(prompts)} and {len(completions)}"
+                f"prompts and completions need one entry per sequence, got {len(prompts)} and {len(completions)}"
             )
         for s, completion in enumerate(completions):
             if len(completion) == 0:
@@ -140,10 +141,10 @@ class PrefixForest:
     def from_pairs(
         cls, examples: Sequence[Mapping], *, share: str = "prefix", keep_last: bool = False
     ) -> "PrefixForest":
-        """Forest of B pairs as 2B sequences: the B chosen first, then the B rejected in the same order.
+        """The forest of B pairs as 2B sequences: the B chosen first, then the B rejected in the same order.
 
-        examples: mappings with `prompt_ids`, `chosen_ids` and `rejected_ids`, and maybe `rejected_prompt_ids`, where the
-        rejected completion follows another prompt.
+        examples: mappings with `prompt_ids`, `chosen_ids` and `rejected_ids`, and `rejected_prompt_ids` where the rejected
+        completion follows another prompt.
         """
         prompts = [e["prompt_ids"] for e in examples]
         others = [e.get("rejected_prompt_ids", e["prompt_ids"]) for e in examples]
@@ -152,7 +153,7 @@ class PrefixForest:
 
 
 class _Builder:
-    """Depth-first walk over the trie of the sequences; the lists grow by one entry a segment."""
+    """A depth-first walk over the trie of the sequences; the lists grow by one entry per segment."""
 
     def __init__(self, prompts, completions, share: str, keep_last: bool):
         self.prompt_lengths = [len(p) for p in prompts]
@@ -162,7 +163,7 @@ class _Builder:
         ]
         self.keep_last = keep_last
         self.prompt_of = self._number_prompts()
-        # Live item and row of every position of every sequence, filled as segments are emitted.
+        # The live item and the row of every position of every sequence; they are filled in as segments are emitted.
         self.items = [np.full(len(q), -1, dtype=np.int64) for q in self.sequences]
         self.row_of = [np.full(len(q), -1, dtype=np.int64) for q in self.sequences]
         self.ids, self.positions, self.live_rows, self.targets = [], [], [], []
@@ -170,7 +171,7 @@ class _Builder:
         self.parents: list[int] = []
         self.rows = self.live = 0
         everyone = list(range(len(self.sequences)))
-        # An entry: members, depth they share with what is emitted, the segment above, how to continue.
+        # An entry of the stack: its sequences, their depth that is already emitted, the segment above, and how to go on.
         self.stack = []
         if share == "none":
             self._push([([s], 0, -1, "alone") for s in everyone])
@@ -206,7 +207,7 @@ class _Builder:
             end = min(common_prefix_length(first, self.sequences[s]) for s in members)
         prompts = {self.prompt_of[s] for s in members}
         if mode == "prefix" and len(prompts) > 1 and end - depth < MIN_SHARED_ACROSS_PROMPTS:
-            # Those that go on alike may share a longer run; a prompt's own sequences stay together.
+            # Sequences that go on alike may share a longer run; those of one prompt stay together.
             groups = _group(members, lambda s: self._next_in_prompt(s, end))
             self._push([(g, depth, parent, mode) for g in groups])
             return
@@ -220,7 +221,7 @@ class _Builder:
     def _emit(self, members: list[int], depth: int, end: int, parent: int, leaf: bool) -> int:
         """Append positions depth:end of the members as one segment; returns the parent of what follows."""
         tokens = self.sequences[members[0]][depth:end]
-        # The last token of a leaf predicts nothing.
+        # The last token of a leaf predicts nothing, so it gets no row.
         count = len(tokens) - (1 if leaf and not self.keep_last else 0)
         start = self.rows
         rows = np.arange(start - 1, start - 1 + len(tokens))  # the row before each token, corrected for the first
@@ -295,14 +296,14 @@ def _group(members: list[int], key) -> list[list[int]]:
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Leading ids that two sequences share."""
+    """The number of leading ids that two sequences share."""
     n = min(len(a), len(b))
     different = np.asarray(a[:n]) != np.asarray(b[:n])
     return int(different.argmax()) if different.any() else n
 
 
 def pair_tokens(example: Mapping, share: str) -> int:
-    """Tokens that one pair takes at most: its distinct tokens under `share`."""
+    """The largest number of rows that one pair can take: its distinct tokens under `share`."""
     prompt, chosen, rejected = (len(example[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
     if "rejected_prompt_ids" in example:
         return prompt + len(example["rejected_prompt_ids"]) + chosen + rejected

@@ -1,4 +1,4 @@
-"""From the log-probs of tokens, one row per completion, to numbers per sequence and per pair: sums, means, WPO weights."""
+"""Sums, means and WPO weights per sequence or pair, from the log-probs of tokens [S, C] with one row per completion."""
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ def sum_logps(
     """Log-probs of sequences from those of their tokens: `token_logps.sum(1)`, and `/ lengths` to average.
 
     Args:
-        token_logps: [S, C] in nats, completion tokens first, zeros after the last one. Summed in float32 or wider.
-        lengths: [S] completion tokens. Zero gives 0, averaged or not.
+        token_logps: [S, C] in nats, completion tokens first, zeros after the last one. They are summed in float32 or
+            wider.
+        lengths: [S] scored tokens. A length of zero gives 0, averaged or not.
         partner_lengths: [S] lengths of the other completion of each pair, used with `ld_alpha`.
-        ld_alpha: in [0, 1], the weight of the tokens past min(length, partner_length) (LD-DPO, arXiv 2409.06411);
-            the same for policy and reference.
+        ld_alpha: in [0, 1], the weight of the tokens past min(length, partner_length) (LD-DPO, arXiv 2409.06411).
+            It must be the same for policy and reference.
 
     Returns:
         [S]. Raises ValueError for an `ld_alpha` out of range or without `partner_lengths`.
@@ -41,13 +42,13 @@ def sum_logps(
 
 
 def wpo_weights(token_logps: Tensor, log_sum_sq_probs: Tensor, lengths: Tensor) -> Tensor:
-    """How much each pair is the policy's own (WPO, arXiv 2406.11827 eq. 2), the `pair_weights` of `preference_loss`:
+    """How likely each pair is under the policy (WPO, arXiv 2406.11827 eq. 2), the `pair_weights` of `preference_loss`:
 
         mean = (token_logps - log_sum_sq_probs).sum(1) / lengths
         weights = mean.exp().chunk(2)[0] * mean.exp().chunk(2)[1]
 
     Args:
-        token_logps: [2B, C] in nats, the B chosen rows first; what lies past a row's length is not used.
+        token_logps: [2B, C] in nats, the B chosen rows first; entries past a row's length are not used.
         log_sum_sq_probs: [2B, C], log of the sum over the vocabulary of the squared probabilities.
         lengths: [2B] completion tokens; an empty completion's mean is 0.
 

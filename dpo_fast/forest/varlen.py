@@ -1,8 +1,8 @@
 """Forest attention on CUDA in bf16 and fp16: flash attention over variable-length segments with gathered keys.
 
-Segment k's queries are its own rows, its keys the rows of its ancestors and its own, causal from the bottom right. The
-gathered keys and values are not kept: backward gathers them again, and adds the gradients of a trunk row over the
-segments that read it in float32 and in a fixed order.
+Segment k's queries are its own rows, and its keys are the rows of its ancestors and its own, causal from the bottom right.
+The gathered keys and values are not kept: backward gathers them again. It adds up the gradients of a row over the segments
+that read the row, in float32 and in a fixed order.
 
 Flash attention's own backward pass adds the gradient of q with atomics, so its bits differ from run to run. Under
 `torch.use_deterministic_algorithms(True)` (`full_determinism` of transformers' TrainingArguments sets it) torch takes the
@@ -23,7 +23,7 @@ def varlen_attention_forest(query, key, value, forest: PrefixForest, scale, wind
     `kernels` = (forward, backward) with the signatures of `flash_forward` and `flash_backward`, for tests on a CPU.
     """
     width = value.shape[-1]
-    # Flash attention wants one head size for keys and values, a multiple of 8; zeros change no score and no output.
+    # Flash attention needs one head size for keys and values, a multiple of 8; padding zeros change no score and no output.
     padded = -(-max(query.shape[-1], width) // 8) * 8
     q, k, v = (_widened(x[0].transpose(0, 1), padded) for x in (query, key, value))
     out = _Varlen.apply(q, k, v, forest, scale, window, kernels or (flash_forward, flash_backward))
@@ -31,7 +31,7 @@ def varlen_attention_forest(query, key, value, forest: PrefixForest, scale, wind
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    """[T, H, D] with zeros up to D = width; x itself, not a copy, where it is so wide."""
+    """[T, H, D] padded with zeros to D = width; x itself, not a copy, where it has that width."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
@@ -53,14 +53,14 @@ class _Varlen(torch.autograd.Function):
 
 
 def _gathered(both: torch.Tensor, forest: PrefixForest) -> tuple[torch.Tensor, ...]:
-    """Keys and values [T, 2 Hkv, D] side by side -> those that each segment sees, [keys, Hkv, D] twice."""
+    """Keys and values side by side [T, 2 Hkv, D] -> the keys and the values that each segment sees, [keys, Hkv, D] each."""
     return both.index_select(0, forest.key_rows).chunk(2, 1)
 
 
 def sum_over_readers(gradient: torch.Tensor, forest: PrefixForest) -> torch.Tensor:
-    """Gradients of gathered rows [sum of keys, ...] added up a row [T, ...], in float32, in the order of the segments.
+    """Gradients of gathered rows [sum of keys, ...], added up per row [T, ...] in float32 and in the order of the segments.
 
-    Equivalent, but for the order: `zeros(T, ...).index_add(0, forest.key_rows, gradient)`.
+    Equivalent except for the order: `zeros(T, ...).index_add(0, forest.key_rows, gradient)`.
     """
     if "readers" not in forest.cache:
         order = torch.argsort(forest.key_rows, stable=True)
@@ -75,7 +75,7 @@ def sum_over_readers(gradient: torch.Tensor, forest: PrefixForest) -> torch.Tens
 
 
 def flash_forward(q, k, v, forest: PrefixForest, scale, window):
-    """[T, H, D], [keys, Hkv, D] twice -> output [T, H, D], log-sum-exp [H, T], and what backward wants back."""
+    """[T, H, D] and twice [keys, Hkv, D] -> output [T, H, D], log-sum-exp [H, T], and two tensors that backward needs."""
     out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, forest.cu_q, forest.cu_k, forest.max_q, forest.max_k, 0.0, True, False, scale=scale, **_left(window)
     )
@@ -91,5 +91,5 @@ def flash_backward(grad, q, k, v, out, lse, rng_state, unused, forest: PrefixFor
 
 
 def _left(window: int | None) -> dict[str, int]:
-    # A key's place in its segment's list counts positions, so the window in keys is the window in positions.
+    # A key's place in its segment's list is its position, so a window in keys is the same window in positions.
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

@@ -1,5 +1,5 @@
-"""dpo_fast inside the trainers that people already have: one import or one call per trainer, docs/drop-in.md lists them.
+"""dpo_fast inside the trainers that people already have, by one import or one call per trainer (docs/drop-in.md).
 
-Each module needs its peer installed and nothing else of this folder. What patches a peer returns a function that undoes it,
-refuses versions it was not tested with, and leaves nothing half patched.
+Each module needs only its own peer installed. A function that patches a peer returns another that undoes the patch; it
+refuses versions that were not tested and leaves nothing half patched.
 """

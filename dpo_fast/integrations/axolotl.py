@@ -1,4 +1,4 @@
-"""Axolotl: one line in its YAML, and its own DPO trainer gets our log-probs.
+"""Axolotl: with one line in its YAML, its own DPO trainer uses our log-probs.
 
 plugins: [dpo_fast.integrations.axolotl.DPOFastPlugin]
 """
@@ -16,13 +16,13 @@ class DPOFastPlugin(BasePlugin):
         self.undo = None
 
     def pre_model_load(self, cfg) -> None:
-        """Called by Axolotl. Raises ImportError for a TRL that was not tested."""
+        """Axolotl calls this before a run. Raises ImportError for a TRL that was not tested."""
         rl = getattr(cfg, "rl", None)
         if str(getattr(rl, "value", rl)) in ("dpo", "ipo"):
             self.undo = patch_trl()
 
     def post_train_unload(self, cfg) -> None:
-        """Called by Axolotl at the end of a run."""
+        """Axolotl calls this at the end of a run."""
         if self.undo is not None:
             self.undo()
             self.undo = None

@@ -1,4 +1,4 @@
-"""`linear_cross_entropy` with the signature of Cut Cross Entropy, exact: no small gradient is left out.
+"""`linear_cross_entropy` with the signature of Cut Cross Entropy; it is exact and leaves out no small gradient.
 
 from dpo_fast.integrations.cross_entropy import linear_cross_entropy     # instead of cut_cross_entropy's
 """
@@ -30,7 +30,7 @@ def linear_cross_entropy(
         e: hidden states [..., D]. c: head [V, D]. targets: [...] int64, `ignore_index` where none is scored.
         reduction: "mean" over the scored targets, "sum", or "none" (the shape of targets, 0 where ignored).
         shift: True (or a number of tokens) scores `targets[..., shift:]` by `e[..., :-shift, :]`.
-        filter_eps, impl: taken for the signature's sake; gradients are always exact.
+        filter_eps, impl: accepted for the signature's sake, without effect; gradients are always exact.
 
     Returns float32 or wider. Raises ValueError for shapes that do not fit and an unknown reduction.
     """

@@ -1,9 +1,9 @@
-"""Liger's fused preference losses, with Liger's signatures and what Liger returns, on `linear_sequence_logps`.
+"""Liger's fused preference losses, with Liger's signatures and results, on `linear_sequence_logps`.
 
     from dpo_fast.integrations.liger import LigerFusedLinearDPOLoss     # instead of liger_kernel.chunked_loss
 
-Differences: the prompt's rows stay out of the head, sums are float32 and exact, `sigmoid` honours `label_smoothing`, and
-`compiled` and `chunk_size` have no effect on numbers (they are taken for the signature's sake).
+The differences are: ignored rows stay out of the head on a CPU, log-probs are float32 and exact, `sigmoid` honours
+`label_smoothing`, and `compiled` and `chunk_size` have no effect (they are accepted for the signature's sake).
 """
 
 import torch
@@ -16,7 +16,7 @@ from ..ops import linear_sequence_logps
 
 
 def _logits_means(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean logit of the chosen and of the rejected half over all positions and words, without a logit."""
+    """The mean logit of the chosen and of the rejected half over all positions and words, computed without the logits."""
     with torch.no_grad():
         word = weight.float().mean(0)
         shift = 0.0 if bias is None else bias.float().mean()
@@ -32,7 +32,7 @@ class _Preference(nn.Module):
     alpha = 1.0
 
     def _preference(self, chosen: Tensor, rejected: Tensor, references: tuple) -> tuple[Tensor, ...]:
-        """The loss and what Liger returns behind the common numbers."""
+        """The loss, and the numbers that Liger returns after the common ones."""
         raise NotImplementedError
 
     def _run(self, weight, hidden, target, bias=None, reference=(None, None, None), nll_target=None):
@@ -112,7 +112,7 @@ class LigerFusedLinearDPOLoss(_Preference):
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
         self.loss_type, self.label_smoothing, self.discopop_tau = loss_type, label_smoothing, discopop_tau
         one = torch.zeros(1)
-        self._preference(one, one, (one, one))  # Options that cannot work are refused here.
+        self._preference(one, one, (one, one))  # this call refuses options that cannot work
 
     def _preference(self, chosen, rejected, references):
         options = {"loss_type": self.loss_type, "beta": self.beta, "label_smoothing": self.label_smoothing}
@@ -120,13 +120,13 @@ class LigerFusedLinearDPOLoss(_Preference):
         return out.loss, out.chosen_rewards, out.rejected_rewards
 
     def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
-        """Weight [V, D], hidden [2B, T, D], target [2B, T] -> loss and (chosen and rejected log-probs [B], their mean logits,
-        nll_loss, chosen and rejected rewards [B]), all detached."""
+        """Weight [V, D], hidden [2B, T, D], target [2B, T] -> the loss, and detached (chosen and rejected log-probs [B], their
+        mean logits, nll_loss, chosen and rejected rewards [B])."""
         return self._run(lin_weight, _input, target, bias, (ref_input, ref_weight, ref_bias))
 
 
 class LigerFusedLinearCPOLoss(_Preference):
-    """CPO, arXiv 2401.08417: no reference."""
+    """CPO, arXiv 2401.08417, which has no reference."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class LigerFusedLinearSimPOLoss(_Preference):
         self.label_smoothing, self.gamma = label_smoothing, gamma
 
     def _preference(self, chosen, rejected, references):
-        one = torch.ones_like(chosen)  # The log-probs are means already.
+        one = torch.ones_like(chosen)  # the log-probs are means already
         options = {"beta": self.beta, "label_smoothing": self.label_smoothing, "simpo_gamma": self.gamma}
         out = preference_loss(chosen, rejected, loss_type="simpo", chosen_lengths=one, rejected_lengths=one, **options)
         return out.loss, out.chosen_rewards, out.rejected_rewards
@@ -201,7 +201,7 @@ class LigerFusedLinearORPOLoss(_Preference):
         return -self.beta * ratio.mean(), self.beta * chosen, self.beta * rejected, ratio.mean(), odds.mean()
 
     def forward(self, lin_weight, _input, target, bias=None, nll_target=None):
-        """As `LigerFusedLinearDPOLoss.forward`, without a reference; `nll_target` [2B, T] is scored by the likelihood."""
+        """As `LigerFusedLinearDPOLoss.forward`, without a reference; `nll_target` [2B, T] replaces target in nll_loss."""
         return self._run(lin_weight, _input, target, bias, nll_target=nll_target)
 
 

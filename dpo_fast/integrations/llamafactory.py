@@ -3,9 +3,9 @@
     from dpo_fast.integrations.llamafactory import patch_llamafactory
     undo = patch_llamafactory()            # before llamafactory's run_exp(...)
 
-What is replaced: `get_batch_logps`, and of its CustomDPOTrainer `concatenated_forward` (the trunk through the model's own
-forward, then the head on completion tokens) and `compute_preference_loss`. With TRL 0.24 LLaMA-Factory's `ipo` and `hinge`
-train `sigmoid` in silence, since the loss type never reaches TRL; here they are what they say.
+The patch replaces `get_batch_logps`, and in its CustomDPOTrainer `concatenated_forward` (the trunk runs through the model's
+own forward, then the head on completion tokens) and `compute_preference_loss`. With TRL 0.24 LLaMA-Factory's `ipo` and
+`hinge` silently train `sigmoid`, since the loss type never reaches TRL; here they train their own loss.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _ACTIVE: dict[str, Callable[[], None]] = {}
 def get_batch_logps(
     logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, ld_alpha: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """In the place of LLaMA-Factory's: logits [2B, T, V], labels [2B, T] -> summed log-probs [2B] and their tokens [2B]."""
+    """Replaces LLaMA-Factory's: logits [2B, T, V], labels [2B, T] -> summed log-probs [2B] and their token counts [2B]."""
     if logits.shape[:-1] != labels.shape:
         raise ValueError("Logits (batchsize x seqlen) and labels must have the same shape.")
     targets = labels[:, 1:]
@@ -36,7 +36,7 @@ def get_batch_logps(
 
 
 def _summed(tokens: Tensor, scored: Tensor, ld_alpha: float | None) -> tuple[Tensor, Tensor]:
-    """Token log-probs [2B, T] -> sums [2B] and lengths [2B]; completions lie at the end of their rows, before the padding."""
+    """Token log-probs [2B, T] -> sums [2B] and lengths [2B]; a row's completion follows its prompt, before the padding."""
     lengths = scored.sum(1)
     if ld_alpha is None:
         return tokens.sum(1), lengths
@@ -46,7 +46,7 @@ def _summed(tokens: Tensor, scored: Tensor, ld_alpha: float | None) -> tuple[Ten
 
 
 def concatenated_forward(self, model, batch: dict[str, Tensor], is_ref_model: bool = False) -> dict[str, Tensor]:
-    """In the place of CustomDPOTrainer's: the same names; `*_logits` are one number each, the exact mean over all of them.
+    """Replaces CustomDPOTrainer's and returns the same names; `*_logits` are one number each, the exact mean of the logits.
 
     Raises ValueError for soft-capped logits and sharded weights (undo the patch for these).
     """
@@ -58,7 +58,7 @@ def concatenated_forward(self, model, batch: dict[str, Tensor], is_ref_model: bo
     if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
         raise ValueError("patch_llamafactory does not work with sharded weights: undo it")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    # One position of logits is the least that a model makes; the last hidden state is what its head would read.
+    # The model computes at least one position of logits; its head would read the last hidden state.
     out = model(**inputs, return_dict=True, use_cache=False, output_hidden_states=True, logits_to_keep=1)
     hidden, labels = out.hidden_states[-1], batch["labels"]
     _check_last_position(out.logits[:, -1], hidden[:, -1], weight, bias, transform.logit_scale)
@@ -84,7 +84,7 @@ def concatenated_forward(self, model, batch: dict[str, Tensor], is_ref_model: bo
 
 
 def _check_last_position(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
-    """The head on the last hidden state gives the model's own logits, or the model does more between the two."""
+    """Raise ValueError unless the head on the last hidden state gives the model's own logits."""
     with torch.no_grad():
         ours = torch.nn.functional.linear(hidden, weight, bias).float() * scale
         error, size = (ours - logits.float()).abs().max(), logits.float().abs().max()
@@ -97,9 +97,9 @@ def _check_last_position(logits: Tensor, hidden: Tensor, weight: Tensor, bias: T
 def compute_preference_loss(
     self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
 ):
-    """In the place of CustomDPOTrainer's: losses [B], chosen and rejected rewards [B].
+    """Replaces CustomDPOTrainer's: losses [B], chosen and rejected rewards [B].
 
-    For ipo, orpo and simpo the log-probs are means over tokens, as `concatenated_forward` gives them.
+    For ipo, orpo and simpo the log-probs are means over tokens, as `concatenated_forward` returns them.
     """
     one = torch.ones_like(policy_chosen_logps)
     options = {"beta": self.beta, "loss_type": self.loss_type}
@@ -121,9 +121,9 @@ def compute_preference_loss(
 
 
 def patch_llamafactory(*, any_version: bool = False) -> Callable[[], None]:
-    """Replace the log-probs and the loss of LLaMA-Factory's DPO trainer; returns a function that undoes it.
+    """Replace the log-probs and the loss of LLaMA-Factory's DPO trainer; returns a function that undoes the patch.
 
-    Raises ImportError where it is not installed or was not tested (`any_version=True` tries it).
+    Raises ImportError where LLaMA-Factory is not installed or its version was not tested (`any_version=True` tries it).
     """
     check_version("llamafactory", TESTED, any_version)
 

@@ -1,4 +1,4 @@
-"""What the integrations share: which versions of a peer were tested, and patches that are undone as one."""
+"""What the integrations share: the check of a peer's version, and patches that are undone together."""
 
 import importlib.metadata
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def check_version(package: str, tested: str, any_version: bool = False) -> Versi
 
 
 class Patches:
-    """Attributes that were replaced, and their way back.
+    """Attributes that were replaced, and their old values, which `undo` puts back.
 
     with Patches() as patches:           # an error inside undoes what was replaced before it
         patches.replace(module, "name", value)
@@ -37,7 +37,7 @@ class Patches:
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def replace(self, owner: Any, name: str, value: Any) -> Any:
-        """Set `owner.name` to `value`; returns what it was. Raises ImportError where the peer has no such name."""
+        """Set `owner.name` to `value` and return its old value. Raises ImportError where the peer has no such name."""
         if not hasattr(owner, name):
             raise ImportError(f"{getattr(owner, '__name__', owner)} has no {name}: this version was not tested")
         old = getattr(owner, name)
@@ -62,7 +62,7 @@ class Patches:
 def once(
     active: dict[str, Callable[[], None]], key: str, patch: Callable[[], Callable[[], None]]
 ) -> Callable[[], None]:
-    """`patch()` unless `key` is patched already: then its undo comes back, so that patching twice is patching once."""
+    """Run `patch()` unless `key` is already patched; returns its undo either way, so that a second patch changes nothing."""
     if key not in active:
         undo = patch()
 

@@ -1,4 +1,4 @@
-"""Losses as modules, for a loop of your own, Lightning or Fabric: options in the constructor, tensors in the call.
+"""Losses as modules, for your own loop, Lightning or Fabric: the constructor takes options, the call takes tensors.
 
 loss = DPOLoss(beta=0.1)(logits, targets, ref_logps).loss                      # logits that exist already
 loss = LinearDPOLoss(beta=0.1)(hidden, lm_head.weight, targets, ref_logps).loss  # the head included
@@ -12,14 +12,14 @@ from ..ops import dpo_loss, linear_dpo_loss
 
 class _Loss(nn.Module):
     def __init__(self, **options):
-        """Options of the op that this module calls; those of a loss are checked here. Raises ValueError."""
+        """Take the options of the op that this module calls. Raises ValueError for options of a loss that cannot work."""
         super().__init__()
         fields = {name: value for name, value in options.items() if name in LossOptions.__dataclass_fields__}
         LossOptions(**fields).check()
         self.options = options
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, which `print` shows."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 

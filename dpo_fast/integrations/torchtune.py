@@ -9,8 +9,8 @@ from ..ops import sequence_logps
 class DPOLoss(nn.Module):
     """torchtune's `rlhf.loss.DPOLoss`, with every loss of `LOSSES` that needs log-probs alone.
 
-    Takes the four tensors [B] of torchtune 0.6 (policy chosen, policy rejected, reference chosen, reference rejected), or
-    the two `ChosenRejectedOutputs` of its main branch. Returns losses [B], chosen and rejected rewards [B].
+    It takes the four tensors [B] of torchtune 0.6 (policy chosen, policy rejected, reference chosen, reference rejected),
+    or the two `ChosenRejectedOutputs` of its main branch. It returns losses [B], chosen and rejected rewards [B].
     """
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, loss_type: str = "sigmoid"):
@@ -19,7 +19,7 @@ class DPOLoss(nn.Module):
         LossOptions(**self.options).check()
 
     def forward(self, *inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Raises ValueError for anything but four tensors or two `ChosenRejectedOutputs`."""
+        """Losses and rewards [B]. Raises ValueError for anything but four tensors or two `ChosenRejectedOutputs`."""
         if len(inputs) == 2:
             inputs = [x for pair in inputs for x in (pair.chosen_logps, pair.rejected_logps)]
         if len(inputs) != 4:
@@ -33,9 +33,9 @@ class DPOLoss(nn.Module):
 def get_batch_log_probs(
     logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, return_average_logprobs: bool = False
 ) -> Tensor:
-    """Log-prob of each sequence: logits [S, T, V], labels [S, T] (not shifted) -> [S], summed or averaged.
+    """The log-prob of each sequence: logits [S, T, V], labels [S, T] (not shifted) -> [S], summed or averaged.
 
-    Equivalent: torchtune's `rlhf.get_batch_log_probs`. Raises ValueError for shapes that do not fit.
+    It is equivalent to torchtune's `rlhf.get_batch_log_probs`. Raises ValueError for shapes that do not fit.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError("Logits (batch and sequence length dim) and labels must have the same shape.")

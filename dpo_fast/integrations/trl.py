@@ -1,10 +1,11 @@
-"""TRL's users: our trainer under TRL's names, or TRL's own trainer with our head.
+"""For users of TRL: our trainer under TRL's names, or TRL's own trainer with our head.
 
     from dpo_fast.integrations.trl import DPOConfig, DPOTrainer    # instead of trl's: the whole speed
-    undo = patch_trl()                                             # TRL's own DPOTrainer, its head alone is ours
+    undo = patch_trl()                                             # TRL's own DPOTrainer, only its head is ours
 
-`DPOTrainer` here takes everything that TRL 1.16's takes, in the same order, a `trl.DPOConfig` too. `patch_trl` replaces only
-the function that turns hidden states (TRL 1.16) or logits (TRL 1.8 and 1.9) into log-probs; what it returns puts TRL back.
+`DPOTrainer` here takes everything that TRL 1.16's takes, in the same order, and also a `trl.DPOConfig`. `patch_trl` replaces
+only the function that turns hidden states (TRL 1.16) or logits (TRL 1.8 and 1.9) into log-probs; it returns a function that
+puts TRL's own back.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from .peer import Patches, check_version, once
 
 __all__ = ["DPOConfig", "DPOTrainer", "patch_trl"]
 
-# 1.8 and 1.9 have logits, 1.16 a fused head; those between were not tried.
+# 1.8 and 1.9 compute logits, 1.16 has a fused head; the versions between were not tried.
 TESTED = ">=1.8,<1.17," + ",".join(f"!=1.{minor}.*" for minor in range(10, 16))
 _ACTIVE: dict[str, Callable[[], None]] = {}
 
@@ -68,7 +69,7 @@ class DPOTrainer(_DPOTrainer):
 
 
 def as_config(args) -> DPOConfig | None:
-    """A `trl.DPOConfig` as ours: every field that both have. Raises ValueError for one that is set and that ours lacks."""
+    """A `trl.DPOConfig` as ours, with every field that both have. Raises ValueError for a set field that ours lacks."""
     if args is None or isinstance(args, DPOConfig):
         return args
     known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
@@ -83,7 +84,7 @@ def as_config(args) -> DPOConfig | None:
             foreign.append(f"{field.name}={value!r}")
     if foreign:
         raise ValueError(f"dpo_fast cannot honour {', '.join(foreign)} of {type(args).__name__}: leave them out")
-    # TRL's defaults of options that are on by themselves here.
+    # These are off by default in TRL and on by default here; False in a trl.DPOConfig is taken as not set.
     for name in ("padding_free", "precompute_ref_log_probs"):
         if not values.get(name):
             values.pop(name, None)
@@ -98,7 +99,7 @@ def _default(field: dataclasses.Field):
 
 
 class ChunkedLogProbFunction:
-    """In the place of TRL 1.16's autograd function of that name: the same arguments and outputs, on `linear_token_logps`."""
+    """Replaces TRL 1.16's autograd function of that name: the same arguments and outputs, on `linear_token_logps`."""
 
     @staticmethod
     def apply(
@@ -133,13 +134,13 @@ class ChunkedLogProbFunction:
         if "entropy" in statistics:
             statistics["entropy"] = _ForTheLog.apply(statistics["entropy"], logps)
         if "mean_logits" in statistics:
-            # TRL's mean is taken after the temperature.
+            # TRL takes the mean after the temperature.
             statistics["mean_logits"] = statistics["mean_logits"] / temperature
         return logps, *(statistics.get(name) for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
 
 
 class _ForTheLog(torch.autograd.Function):
-    """The entropy, which carries no gradient here: a loss that needs one is told, instead of trained without it."""
+    """The entropy, which carries no gradient here: a loss that needs one fails instead of being trained without it."""
 
     @staticmethod
     def forward(ctx, entropy: Tensor, logps: Tensor) -> Tensor:
@@ -154,18 +155,18 @@ class _ForTheLog(torch.autograd.Function):
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """In the place of TRL 1.8's function: [..., V], [...] -> log-probs [...] in the type of logits."""
+    """Replaces TRL 1.8's function: [..., V], [...] -> log-probs [...] in the type of logits."""
     flat = token_logps(logits.reshape(-1, logits.shape[-1]), index.reshape(-1), ignore_index=-1)
-    # TRL 1.8 writes into what comes back.
+    # TRL 1.8 writes into the result.
     return flat.view(index.shape).to(logits.dtype).clone()
 
 
 def patch_trl(*, any_version: bool = False) -> Callable[[], None]:
-    """Replace the head of TRL's own trainers; returns a function that puts TRL's back. Patching twice is patching once.
+    """Replace the head of TRL's own trainers; returns a function that puts TRL's back. A second patch changes nothing.
 
-    TRL 1.16: `trl.trainer.utils._ChunkedLogProbFunction`, and completion rows alone enter it on every device. TRL 1.8 and
-    1.9: `selective_log_softmax` of the DPO trainer, and Liger's loss under `use_liger_kernel`.
-    Raises ImportError where TRL is not installed, or is a version that was not tested (`any_version=True` tries it).
+    In TRL 1.16 it replaces `trl.trainer.utils._ChunkedLogProbFunction`, and only completion rows enter it, on every device.
+    In TRL 1.8 and 1.9 it replaces `selective_log_softmax` of the DPO trainer, and Liger's loss under `use_liger_kernel`.
+    Raises ImportError where TRL is not installed or its version was not tested (`any_version=True` tries it).
     """
     found = check_version("trl", TESTED, any_version)
 

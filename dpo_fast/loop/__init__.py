@@ -1,1 +1,1 @@
-"""The loop around training: candidates, the pairs that people and judges prefer, what is exported, and rounds of it all."""
+"""The loop around training: candidates, labels of people and judges, export to pairs, and rounds of all of it."""

@@ -1,6 +1,6 @@
 """`python -m dpo_fast.loop`: rounds of generate, prefer and train. Without options, an embedded demonstration.
 
-The options of each step stand in a section of a YAML file (`--config`, loop/settings.py); flags override the file.
+The options of each step are in a section of a YAML file (`--config`, loop/settings.py); flags override the file.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from .settings import REFERENCES, Settings, read_settings
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options that are flags too."""
+    """The options that are also flags."""
     made = argparse.ArgumentParser(prog="python -m dpo_fast.loop", description=__doc__, allow_abbrev=False)
     add = made.add_argument
     add("--config", metavar="FILE", help="YAML file with sections generate, annotate, labels, train, evaluate, limits")
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(argv: list[str]) -> Settings:
-    """Settings of a command line. Raises ValueError or OSError for what a user can mend."""
+    """The settings of a command line. Raises ValueError or OSError for what a user can mend."""
     flags = {name: value for name, value in vars(parser().parse_args(argv)).items() if value is not None}
     path, judge = flags.pop("config", None), flags.pop("judge", None)
     config = {}

@@ -1,4 +1,4 @@
-"""From several labels per pair to one probability that `a` is better: Dawid-Skene or the share of votes, by crowd-kit."""
+"""Several labels per pair become one probability that `a` is better, by crowd-kit: Dawid-Skene or the share of votes."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ METHODS = ("dawid_skene", "majority")
 def posteriors(labels: Sequence[Label], method: str = "dawid_skene") -> dict[str, float]:
     """Item id -> probability that `a` is better than `b`, for every item with a label; ties count half for each side.
 
-    method   "majority": the share of the votes. "dawid_skene": the posterior of the model of Dawid and Skene (1979), in
-             which each annotator has a table of how often they say what when something else is true; every pair is given
-             to it a second time with its sides exchanged, since which completion is called `a` means nothing
+    method   "majority" takes the share of the votes. "dawid_skene" takes the posterior of the model of Dawid and Skene
+             (1979), in which each annotator has a table of how often they give each label for each true one. Every pair
+             enters a second time with its sides exchanged, since it means nothing which completion is called `a`.
 
     Raises ValueError for an unknown method and when there is no label.
     """

@@ -1,4 +1,4 @@
-"""How far annotators agree with each other and with gold questions, and what stands out in words."""
+"""How far annotators agree with each other and with gold questions, and sentences on what stands out."""
 
 import dataclasses
 import itertools
@@ -8,13 +8,13 @@ from statistics import median
 
 from .store import Label
 
-# Below this chance of drawing such a share of lefts from a fair coin, a position bias is reported.
+# A position bias is reported where a fair coin would give such a share of lefts with a chance below this.
 UNLIKELY = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatorRow:
-    """What one annotator did. Shares are None where there is nothing to take a share of."""
+    """The work of one annotator. Shares are None where there is nothing to take a share of."""
 
     name: str
     kind: str
@@ -25,13 +25,13 @@ class AnnotatorRow:
     gold: float | None  # share of gold questions answered right
     gold_labels: int
     left: float | None  # share of left among the labels that say left or right
-    left_p: float | None  # chance of a share at least as far from one half, by a fair coin
+    left_p: float | None  # chance that a fair coin gives a share at least as far from one half
     ties: float | None  # share of ties and of "both bad"
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """`alpha` is Krippendorff's (nominal; a, b, tie, bad), None where it is not defined; `pairwise`: names -> (share, items)."""
+    """`alpha` is Krippendorff's (nominal; a, b, tie, bad), or None where undefined; `pairwise` maps names to (share, items)."""
 
     alpha: float | None
     annotators: list[AnnotatorRow]
@@ -39,7 +39,7 @@ class Agreement:
 
 
 def agreement(labels: Sequence[Label], gold: Sequence[Label], kinds: dict[str, str]) -> Agreement:
-    """Agreement on `labels`; `gold` are the labels of gold questions, whose right answer is "a"; kinds: name -> kind."""
+    """Agreement on `labels`. `gold` are labels of gold questions, whose right answer is "a"; `kinds` maps names to kinds."""
     given = [label for label in labels if label.choice != "skip"]
     pairwise = _pairwise(given)
     rows = []
@@ -81,7 +81,7 @@ def _fair_coin(lefts: int, count: int) -> float | None:
 
 
 def _alpha(given: Sequence[Label]) -> float | None:
-    """None where chance agreement has no meaning: no item has two labels, or all labels on such items are equal."""
+    """Krippendorff's alpha, or None where it is undefined: no item has two labels, or all labels on such items are equal."""
     per_item = Counter(label.item for label in given)
     shared = [label for label in given if per_item[label.item] > 1]
     if len({label.choice for label in shared}) < 2:
@@ -106,7 +106,7 @@ def _pairwise(given: Sequence[Label]) -> dict[tuple[str, str], tuple[float, int]
 
 
 def report(found: Agreement) -> str:
-    """The tables as text, and below them in words what needs a look."""
+    """The tables as text, with sentences below them on what needs a look."""
     alpha = "not defined" if found.alpha is None else f"{found.alpha:.3f}"
     lines = [f"Krippendorff's alpha {alpha} (nominal: a, b, tie, bad)", ""]
     header = ("annotator", "kind", "labels", "skips", "s/label", "agrees", "gold", "left", "ties")
@@ -126,7 +126,7 @@ def report(found: Agreement) -> str:
 
 
 def warnings(found: Agreement) -> list[str]:
-    """What stands out, one sentence each, with what to do."""
+    """One sentence for each thing that stands out, with what to do about it."""
     notes = []
     if found.alpha is None and any(row.labels for row in found.annotators):
         notes.append(
@@ -153,7 +153,7 @@ def _percent(share: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in columns, the first one flush left."""
+    """The lines of a table; its first column is flush left, the others are flush right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
         "  ".join(

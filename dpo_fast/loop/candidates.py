@@ -1,8 +1,8 @@
-"""The candidates file that is written: one JSON object per prompt and line, only ever appended to.
+"""Writing the candidates file, which holds one JSON object per prompt and line and is only ever appended to.
 
-A line is written whole and flushed, so a kill leaves at most one cut line at the end, which the next run takes away and
-writes again. What decides the content (model, sampling) lies beside it in `<name>.options.json`; a run with other
-options is refused. How candidates are read is in items.py.
+A line is written whole and flushed, so a kill leaves at most one cut line at the end, which the next run removes and writes
+again. The options that decide the content (model, sampling) are beside it in `<name>.options.json`; a run with other
+options is refused. items.py reads candidates.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from .items import prompt_id
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What is to be completed, and on which side of the loop's split it lies ("train" or "heldout")."""
+    """A prompt to complete, and its side of the loop's split ("train" or "heldout")."""
 
     text: str | list[dict]
     split: str = "train"
 
     @property
     def id(self) -> str:
-        """16 hex digits of the prompt."""
+        """16 hex digits that name the prompt."""
         return prompt_id(self.text)
 
 
@@ -32,9 +32,11 @@ class Prompt:
 class Completion:
     """One sampled completion.
 
-    tokens: sampled tokens, the end-of-sequence token included. logp: sum of their log-probs in nats under the policy at
-    temperature 1; None where an endpoint does not tell. truncated: max_new_tokens ended it. empty: nothing but white
-    space. count: how many samples were equal to it.
+    tokens     number of sampled tokens, the end-of-sequence token included
+    logp       sum of their log-probs in nats under the policy at temperature 1; None where an endpoint does not give it
+    truncated  whether max_new_tokens ended it
+    empty      whether it is nothing but white space
+    count      how many samples had this text
     """
 
     text: str
@@ -49,17 +51,17 @@ class Completion:
 
 
 def merge_equal(completions: Sequence[Completion]) -> list[Completion]:
-    """Equal texts once, each the first of its kind with the number of samples in `count`."""
+    """The distinct texts, each as its first sample with the number of equal samples in `count`."""
     counts = Counter(c.text for c in completions)
     first = {c.text: c for c in reversed(completions)}
     return [dataclasses.replace(first[text], count=counts[text]) for text in dict.fromkeys(c.text for c in completions)]
 
 
 class CandidateFile:
-    """Appends to a candidates file; what it holds already is kept and named by `done`.
+    """Appends to a candidates file; its lines so far are kept, and `done` holds their ids.
 
-    options: what decides the content, as JSON; compared with that of the run which began the file.
-    Raises ValueError for a file of other options and for a line that is no JSON anywhere but at the end.
+    `options` decide the content, as JSON; they are compared with those of the run that began the file.
+    Raises ValueError for a file of other options and for a line, other than a cut last one, that cannot be read.
     """
 
     def __init__(self, path: str | Path, options: dict):
@@ -88,7 +90,7 @@ class CandidateFile:
                 )
 
     def _completed(self) -> Iterator[str]:
-        """Ids of the whole lines; a cut line at the end is taken away."""
+        """The ids of the whole lines; a cut line at the end is removed."""
         if not self.path.exists():
             return
         end = 0
@@ -107,7 +109,7 @@ class CandidateFile:
                 end += len(line)
 
     def add(self, prompt: Prompt, completions: Sequence[Completion], round: int, model: str) -> None:
-        """Append one prompt's line; it is with the operating system when this returns."""
+        """Append one prompt's line; the operating system has it when this returns."""
         line = {
             "id": prompt.id,
             "prompt": prompt.text,
@@ -132,7 +134,7 @@ class CandidateFile:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
+    """Write a file such that a kill leaves the old one or the new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:

@@ -1,14 +1,14 @@
-"""What the commands of the loop have in common: what a user can mend ends as one line on stderr and exit status 2."""
+"""The commands of the loop share this: an error that a user can mend ends as one line on stderr and exit status 2."""
 
 import sys
 from collections.abc import Callable
 
-# What the extra [loop] brings.
+# Packages that the extra [loop] brings.
 _EXTRA = ("fastapi", "uvicorn", "crowdkit", "matplotlib", "transformers", "peft", "jinja2", "pandas", "scipy")
 
 
 def run_command(run: Callable[[list[str]], None], argv: list[str] | None) -> int:
-    """The exit status of `run(argv)`: 0, or 2 after an error that it names."""
+    """Call `run(argv)` and return the exit status: 0, or 2 after an error, which is printed."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:

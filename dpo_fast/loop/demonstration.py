@@ -1,7 +1,7 @@
-"""The embedded demonstration of `python -m dpo_fast.loop`: a rule prefers polite answers, and three rounds make them usual.
+"""The embedded demonstration of `python -m dpo_fast.loop`: a rule prefers polite answers, and three rounds make them common.
 
 The tiny model of the first demonstration (demo/) learns to answer tersely or politely, mostly tersely. Then the loop runs
-as it would on any model: four samples per question, a rule that judges them, DPO, and again.
+as it would on any model: it draws four samples per question, a rule judges them, DPO trains on the pairs, and it repeats.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def politeness(prompt: str, completion: str) -> float:
 def demonstrate(
     output_dir: str = "runs/loop_demo", rounds: int = 3, hidden_size: int = 128, sft_epochs: float = 6
 ) -> list[dict]:
-    """Run the demonstration; returns the metrics of the start and of each round. A second call goes on or shows it again."""
+    """Run the demonstration and return the metrics of the start and of each round. A second call goes on or shows it again."""
     began, folder = time.perf_counter(), Path(output_dir)
     print("dpo_fast loop: sample, prefer, train, and again. All on this machine's CPU.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _polite(folder: Path) -> float:
 
 
 def _first_model(folder: Path, questions, hidden_size: int, epochs: float) -> None:
-    """A model that answers politely once in four times."""
+    """Train a model that answers politely one time in four."""
     print("First a model learns to answer, politely once in four times.", flush=True)
     tokenizer = byte_tokenizer()
     set_seed(0)

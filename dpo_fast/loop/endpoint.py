@@ -1,7 +1,7 @@
 """The engine behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, `transformers serve`).
 
-Text prompts go to /v1/completions, messages to /v1/chat/completions, one request per completion: not every server knows
-`n`, and those that matter keep the prompt's cache. Whether a seed gives the same completion again is up to the server.
+Text prompts go to /v1/completions, messages to /v1/chat/completions, with one request per completion: not every server
+knows `n`, and the common ones cache the prompt. The server decides whether a seed gives the same completion again.
 """
 
 import http.client
@@ -15,22 +15,25 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from .candidates import Completion, Prompt
 from .sampling import Sampling
 
-_BUSY = (408, 409, 425, 429)  # and every status from 500: worth another try
+_BUSY = (408, 409, 425, 429)  # these, and every status from 500, are worth another try
 _REFUSED = (400, 422)
 _LONGEST_PAUSE = 30.0  # seconds
 
 
 class RefusedError(ValueError):
-    """The server says that the request is wrong: another try would not help."""
+    """The server says that the request is wrong, so another try would not help."""
 
 
 class Endpoint:
     """Samples from the server at `url`, with or without /v1 at its end.
 
-    model: the name in each request; by default the only one that /v1/models lists. concurrency: requests at once.
-    retries: further tries where the server is busy, broken or silent, each after twice the pause. timeout: seconds per
-    request. extra_body: further fields of each request. check: called before each further try; it raises where the
-    server is known to be gone. fingerprint: of the weights that are served; by default the model's name.
+    model        name in each request; by default the only one that /v1/models lists
+    concurrency  requests at once
+    retries      further tries where the server is busy, broken or silent, each after twice the pause
+    timeout      seconds per request
+    extra_body   further fields of each request
+    fingerprint  name of the served weights; by default the model's name
+    check        function that is called before each further try and raises where the server is known to be gone
 
     Raises ValueError where there is no answer, and for a request that the server refuses.
     """
@@ -59,7 +62,7 @@ class Endpoint:
         )
         self.model = model or self._only_model()
         self.fingerprint = fingerprint or self.model
-        self.logprobs = True  # until the server refuses to tell
+        self.logprobs = True  # until the server refuses to give them
 
     def _only_model(self) -> str:
         names = [entry["id"] for entry in self._ask("/models").get("data") or []]
@@ -70,7 +73,7 @@ class Endpoint:
     def run(
         self, prompts: Sequence[Prompt], done: set[str], sampling: Sampling, round: int = 1
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
-        """(prompt, its completions) for every prompt that is not in `done`, as they become whole."""
+        """Yield (prompt, its completions) for every prompt that is not in `done`, as soon as all of them are there."""
         todo = [prompt for prompt in prompts if prompt.id not in done]
         parts: dict[str, dict[int, Completion]] = {prompt.id: {} for prompt in todo}
         alike = sampling.num_generations > 1 and max(sampling.temperature) > 0
@@ -116,7 +119,7 @@ class Endpoint:
             tokens, reason = answer["usage"]["completion_tokens"], choice["finish_reason"]
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"{self.url} does not answer as an OpenAI-compatible server: {_short(answer)}") from None
-        # Some servers leave the stop string in.
+        # Some servers leave the stop string in the text.
         text = text[: min((at for at in map(text.find, sampling.stop) if at >= 0), default=None)]
         logp = _summed(choice.get("logprobs"))
         return Completion(text, tokens, logp, temperature, top_p, seed, reason == "length", not text.strip())
@@ -160,7 +163,7 @@ class Endpoint:
 
 
 def _summed(logprobs: dict | None) -> float | None:
-    """Sum of the sampled tokens' log-probs in either layout, None where there is none."""
+    """The sum of the sampled tokens' log-probs in either layout, or None where there is none."""
     if not logprobs:
         return None
     values = logprobs.get("token_logprobs") or [token["logprob"] for token in logprobs.get("content") or []]

@@ -1,4 +1,4 @@
-"""From options to an engine: a model in the process, an endpoint that is there, or a server that is started."""
+"""Options decide the engine: a model in the process, an endpoint that exists, or a server that is started."""
 
 import contextlib
 import hashlib
@@ -18,8 +18,8 @@ TRANSFORMERS = "transformers"
 def load(name: str, dtype: str | None = None) -> tuple[torch.nn.Module, object]:
     """A causal LM and its tokenizer from a folder or hub name; adapters are merged into their base model.
 
-    dtype: "float32" or "bfloat16"; by default bfloat16 on a GPU and float32 elsewhere.
-    Raises FileNotFoundError for a folder that is not there, ValueError for one without a tokenizer.
+    `dtype` is "float32" or "bfloat16"; the default is bfloat16 on a GPU and float32 elsewhere.
+    Raises FileNotFoundError for a folder that does not exist, ValueError for one without a tokenizer.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +40,7 @@ def load(name: str, dtype: str | None = None) -> tuple[torch.nn.Module, object]:
 
 
 def check_name(name: str) -> None:
-    """Raises FileNotFoundError for what is neither a folder nor looks like a hub name."""
+    """Raise FileNotFoundError for a name that is no folder and does not look like a hub name."""
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no such model folder: {name} (absolute: {Path(name).absolute()})")
 
@@ -68,7 +68,7 @@ def open_engine(
     log: Callable[[str], None] = print,
     **endpoint,
 ) -> Iterator[Engine]:
-    """The engine for one generation; a server that `serve` starts ends with it. `endpoint`: options of `Endpoint`.
+    """The engine for one generation; a server that `serve` starts ends with it. `endpoint` holds options of `Endpoint`.
 
     Raises ValueError for options that do not go together.
     """

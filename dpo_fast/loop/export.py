@@ -1,4 +1,4 @@
-"""From labels to training data: pairs in TRL's layout with a soft label each, or rankings."""
+"""Labels become training data: pairs in TRL's layout with one soft label each, or rankings."""
 
 import json
 import os
@@ -22,10 +22,10 @@ def export_pairs(
 ) -> list[dict]:
     """One row per labelled pair, in the order of the items.
 
-    A row holds `prompt`, `chosen` and `rejected` (TRL's layout: text or messages, as the prompt is), `p_chosen` (0.5 to
-    1: the probability that `chosen` is the better one, aggregate.py), `n_labels`, `annotators` and `id`. A pair with
-    p_chosen of one half, or below `min_p`, prefers nothing and is left out, and so is one that most called bad on both
-    sides. annotators: only the labels of these.
+    A row holds `prompt`, `chosen` and `rejected` (TRL's layout: text or messages, like the prompt), `p_chosen` (0.5 to 1,
+    the probability that `chosen` is the better one, see aggregate.py), `n_labels`, `annotators` and `id`. A pair whose
+    p_chosen is one half or below `min_p` is left out, and so is one that most annotators called bad on both sides. With
+    `annotators` only their labels count.
 
     Raises ValueError when there is no label, for unknown annotators, and when no pair is left.
     """
@@ -44,7 +44,7 @@ def export_pairs(
         if 2 * sum(label.choice == "bad" for label in given) > len(given):
             bad += 1
             continue
-        # The posterior's last digits are not exactly symmetric.
+        # The posterior is not symmetric in its last digits, so one half is compared with a tolerance.
         if abs(p - 0.5) < 1e-9 or max(p, 1 - p) < min_p:
             undecided += 1
             continue
@@ -83,7 +83,7 @@ def export_rankings(
     """One row per prompt with a labelled pair: `prompt`, `completions` and `scores`, which dpo_fast.train reads.
 
     A completion's score is its mean probability of being the better one over its labelled pairs; completions without a
-    labelled pair are left out. Raises as `export_pairs`.
+    labelled pair are left out. Raises ValueError as `export_pairs` does.
     """
     probabilities = posteriors(_labels_of(store, split, annotators), method)
     prompts, wins = {}, defaultdict(lambda: defaultdict(list))
@@ -103,7 +103,7 @@ def export_rankings(
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write JSON lines; the file is there whole or not at all."""
+    """Write JSON lines; the file appears whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with open(part, "w") as file:

@@ -1,4 +1,4 @@
-"""Completions of many prompts by an engine into a candidates file, with what is there already left alone."""
+"""An engine completes many prompts into a candidates file; completions that are there already are left alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from .sampling import Sampling
 
 
 class Engine(Protocol):
-    """What samples. `fingerprint` names the model: its weights where they are at hand, else what the server calls it."""
+    """A source of samples. `fingerprint` names the model, by its weights where they can be read, else by the server's name."""
 
     fingerprint: str
 
@@ -32,8 +32,8 @@ def generate(
 ) -> Path:
     """Complete every prompt that the candidates file `path` does not hold yet; returns `path`.
 
-    A run that is killed goes on where it was and gives the same set. Raises ValueError for two equal prompts, for a file
-    of another model or other options, and what the engine raises; what was written stays.
+    A run that was killed goes on where it stopped and gives the same set. Raises ValueError for two equal prompts and for a
+    file of another model or other options, and whatever the engine raises; the lines written so far stay.
     """
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("a prompt comes twice: leave one out, since equal completions of it would be merged anyway")

@@ -1,6 +1,6 @@
 """Labels that were given elsewhere: pairs and rankings in any layout of the trainer, Argilla's and Label Studio's exports.
 
-Each reader gives votes: (annotator, prompt, better or first text, other text, choice "a", "b" or "tie", seconds or None).
+Each reader yields votes: (annotator, prompt, text a, text b, choice "a", "b" or "tie", seconds or None).
 """
 
 import json
@@ -26,11 +26,11 @@ def import_labels(
     annotator: str = "imported",
     log: Callable[[str], None] = print,
 ) -> int:
-    """Read votes into a labels file; the number of labels that are new.
+    """Read votes into a labels file, and return the number of labels that are new.
 
     A labels file that does not exist is made, with a candidates file beside it (`labels` + ".candidates.jsonl").
     layout      "pairs", "argilla" or "label_studio"; None recognises it
-    annotator   who gave labels in a file that does not say it
+    annotator   the name for labels in a file that does not name annotators
 
     Raises ValueError for a file without votes, and for votes on completions that the labels file does not have.
     """
@@ -82,7 +82,7 @@ def _candidates(votes: list[Vote]) -> list[dict]:
 
 
 def recognise(path: str) -> str:
-    """Which of LAYOUTS a file has, by its first record."""
+    """The layout of a file (a key of LAYOUTS), recognised by its first record."""
     if Path(path).suffix not in (".json", ".jsonl"):
         return "pairs"
     record = next(iter(_records(path)), {})
@@ -124,7 +124,7 @@ def _prompt_and_texts(fields: dict, path: str) -> tuple[str | list[dict], dict[s
 
 
 def _read_label_studio(path: str, annotator: str) -> Iterator[Vote]:
-    """JSON export of a project with a <Pairwise toName="NAME1,NAME2"/> tag whose names are those of the data's fields."""
+    """Votes of a project's JSON export; its <Pairwise toName="NAME1,NAME2"/> tag must hold names of the data's fields."""
     for record in _records(path):
         prompt, texts = _prompt_and_texts(record["data"], path)
         for annotation in record["annotations"]:
@@ -142,7 +142,7 @@ def _read_label_studio(path: str, annotator: str) -> Iterator[Vote]:
 
 
 def _read_argilla(path: str, annotator: str) -> Iterator[Vote]:
-    """Records with fields and responses, nested or flat: of a ranking, or of a label that names the better field."""
+    """Votes of records with fields and responses, nested or flat: of a ranking, or of a label that names the better field."""
     for record in _records(path):
         fields = record.get("fields") or {key: value for key, value in record.items() if "." not in key}
         prompt, texts = _prompt_and_texts(fields, path)
@@ -167,7 +167,7 @@ def _argilla_responses(record: dict, annotator: str) -> Iterator[tuple[str, obje
 
 
 def _argilla_choices(value, names: list[str]) -> Iterator[tuple[str, str, str]]:
-    """(field, field, choice) of each comparison in a response; nothing for a response to another question."""
+    """Yield (field, field, choice) of each comparison in a response; a response to another question has none."""
     if isinstance(value, list) and value and all(isinstance(x, dict) and x.get("value") in names for x in value):
         ranked = [(x["value"], x.get("rank", i)) for i, x in enumerate(value)]
     elif isinstance(value, list) and value and all(x in names for x in value):

@@ -1,11 +1,11 @@
 """The engine inside the process: N completions per prompt from a model of transformers or a `HiddenStateModel`.
 
-A prompt is computed once: one prefill, whose cache is repeated N times. Rows that have ended leave the batch when half of
-it has. Models whose cache cannot be repeated (recurrent layers and the like, `sharing_obstacle`) go through transformers'
-own `generate` with each prompt N times and no padding; a `HiddenStateModel` goes through its own state.
+A prompt is computed once, in a prefill whose cache is repeated N times. Rows that have ended leave the batch when they are
+half of it. Models whose cache cannot be repeated (recurrent layers and the like, see `sharing_obstacle`) run transformers'
+own `generate` with each prompt N times and no padding; a `HiddenStateModel` runs with its own state.
 
-The batches are a function of all prompts and not of what is done already, so that a run that goes on after a kill
-computes a batch as it would have been computed.
+The batches depend on all prompts and not on what is done already, so that a run which goes on after a kill computes a batch
+as the first run would have.
 """
 
 import copy
@@ -26,7 +26,7 @@ Encoded = tuple[Prompt, list[int]]
 
 
 class InProcess:
-    """Samples from `model`, which is left as it is. `batch_size` is the number of completions that are sampled at once.
+    """Samples from `model` and leaves it as it is. `batch_size` is the number of completions that are sampled at once.
 
     Raises ValueError for a prompt that does not fit the model's positions, before anything is sampled.
     """
@@ -42,7 +42,7 @@ class InProcess:
     def run(
         self, prompts: Sequence[Prompt], done: set[str], sampling: Sampling, round: int = 1
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
-        """(prompt, its completions) for every prompt that is not in `done`."""
+        """Yield (prompt, its completions) for every prompt that is not in `done`."""
         for batch in self._batches(prompts, sampling):
             if all(prompt.id in done for prompt, _ in batch):
                 continue
@@ -53,7 +53,7 @@ class InProcess:
                     yield prompt, completions
 
     def _batches(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Encoded]]:
-        """Prompts of about the same length together; of the same length where the model cannot be padded."""
+        """The prompts in batches of about the same length, or of equal length where the model cannot be padded."""
         encoded = [(prompt, encode(prompt.text, self.tokenizer)) for prompt in prompts]
         config = getattr(base_model(self.model), "config", None)
         limit = getattr(config and config.get_text_config(), "max_position_embeddings", None)
@@ -95,7 +95,7 @@ def _completion(ids: list[int], logp: float, ended: bool, decoder: Decoder, sett
 
 
 class Trace:
-    """What R rows have sampled so far, and which of them have ended."""
+    """The tokens that R rows have sampled so far, and which rows have ended."""
 
     def __init__(self, decoders: list[Decoder], sampling: Sampling, ends: list[int], device: torch.device):
         self.decoders, self.stop, self.longest = decoders, sampling.stop, sampling.max_new_tokens
@@ -107,7 +107,7 @@ class Trace:
         self.ended = torch.zeros(len(decoders), dtype=torch.bool, device=device)
 
     def add(self, rows: torch.Tensor, step: int, tokens: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
-        """Keep the tokens [r] of the rows [r] that had not ended; returns which of them have not ended now [r]."""
+        """Keep the tokens [r] of the rows [r] that had not ended; returns which of these rows go on [r]."""
         going = ~self.ended[rows]
         self.tokens[rows, step], self.logps[rows, step] = tokens, logps.double()
         self.length[rows] += going
@@ -119,7 +119,7 @@ class Trace:
         return ~self.ended[rows]
 
     def results(self) -> tuple[list[list[int]], list[float], list[bool]]:
-        """Ids, summed log-probs and whether something but the length ended it, for each row."""
+        """For each row its ids, its summed log-prob, and whether something other than the length ended it."""
         lengths, tokens = self.length.tolist(), self.tokens.tolist()
         inside = torch.arange(self.longest, device=self.length.device) < self.length[:, None]
         sums = (self.logps * inside).sum(1).tolist()
@@ -127,7 +127,7 @@ class Trace:
 
 
 def _with_cache(model, prompts: list[list[int]], n: int, sampler: Sampler, trace: Trace) -> None:
-    """One prefill [B, P], its cache repeated to [B * n] rows, then token by token."""
+    """Sample from one prefill [B, P], whose cache is repeated to [B * n] rows, token by token."""
     device = trace.length.device
     ids, mask = pad_left(prompts, device)
     last = {"logits_to_keep": 1} if _takes(base_model(model).forward, "logits_to_keep") else {}
@@ -163,7 +163,7 @@ def _takes(function: Callable, name: str) -> bool:
 
 
 def _with_generate(model, prompts: list[list[int]], n: int, sampler: Sampler, trace: Trace) -> None:
-    """transformers' own loop over [B * n] rows of one length, with our draws in place of its own."""
+    """Sample by transformers' own loop over [B * n] rows of one length, with our draws in place of its own."""
     device = trace.length.device
     ids = torch.tensor(prompts, device=device).repeat_interleave(n, 0)
     rows, start = torch.arange(len(ids), device=device), ids.shape[1]
@@ -180,7 +180,7 @@ def _with_generate(model, prompts: list[list[int]], n: int, sampler: Sampler, tr
             return trace.ended
 
     config = base_model(model).generation_config
-    # A fresh one: penalties and the like of the model's own would change what its log-probs say.
+    # The config is a fresh one: penalties and the like of the model's own would change its log-probs.
     plain = GenerationConfig(do_sample=False, max_new_tokens=trace.longest, pad_token_id=0)
     base_model(model).generation_config = plain
     try:
@@ -196,7 +196,7 @@ def _with_generate(model, prompts: list[list[int]], n: int, sampler: Sampler, tr
 
 
 def _with_state(model, prompts: list[list[int]], n: int, sampler: Sampler, trace: Trace) -> None:
-    """A `HiddenStateModel`, one completion after the other; the state after the prompt is computed once."""
+    """Sample from a `HiddenStateModel`, one completion after the other; the state after the prompt is computed once."""
     device, head, carries = trace.length.device, model.get_output_embeddings(), getattr(model, "carries_state", False)
     for i, prompt in enumerate(prompts):
         hidden, begun = model.hidden_states(torch.tensor([prompt], device=device), None)

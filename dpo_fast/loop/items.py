@@ -1,7 +1,7 @@
-"""From a candidates file to the pairs that can be labelled, round after round over the prompts.
+"""A candidates file becomes pairs that can be labelled, in rounds over the prompts.
 
-An item is two completions of one prompt, `a` and `b`. Which of them is shown on the left is decided at each showing
-(store.py), so the names carry no order. Empty completions make no pair, since nothing can be trained on them.
+An item is two completions of one prompt, `a` and `b`. Each showing decides anew which of them is on the left, so the names
+carry no order. Empty completions make no pair, since nothing can be trained on them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ SPLITS = ("train", "heldout")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """Two completions of a prompt. `gold` is the known answer ("a", "b") of a question that tests annotators, else None."""
+    """Two completions of a prompt. `gold` is the known answer ("a" or "b") of a question that tests annotators, else None."""
 
     id: str
     prompt_id: str
@@ -35,7 +35,7 @@ class Item:
 def read_candidates(path: str | Path) -> list[dict]:
     """The lines of a candidates file, checked: each has `id`, `prompt`, `split` and `completions` with their `text`.
 
-    Raises ValueError that names the line: one that was cut, or that holds something else, and a prompt that comes twice.
+    Raises ValueError, naming the line, for a line that was cut or holds something else, and for a prompt that comes twice.
     """
     rows, seen = [], {}
     with open(path, "rb") as file:
@@ -77,7 +77,7 @@ def _checked(row) -> dict:
 
 
 def prompt_id(prompt: str | list[dict]) -> str:
-    """16 hex digits that name a prompt, from one run to the next."""
+    """16 hex digits that name a prompt, the same in every run."""
     return hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -91,7 +91,7 @@ def fingerprint(rows: Iterable[dict]) -> str:
 
 
 def make_items(rows: Iterable[dict]) -> list[Item]:
-    """All pairs of completions that differ and are not empty. Raises ValueError where there is none."""
+    """All pairs of unequal, non-empty completions. Raises ValueError where there is none."""
     items = []
     for row in rows:
         texts = [(i, c) for i, c in enumerate(row["completions"]) if c["text"].strip()]
@@ -116,12 +116,12 @@ def read_gold(path: str) -> list[Item]:
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """A completion as text: the contents of its messages, one below the other."""
+    """A completion as text; the contents of several messages follow each other."""
     return completion if isinstance(completion, str) else "\n\n".join(m.get("content") or "" for m in completion)
 
 
 def in_rounds(items: Sequence[Item], priority: Callable[[Item], float] = lambda item: 0.0, seed: int = 0) -> list[Item]:
-    """One pair of each prompt, then a second one of each, and so on; inside both, lower `priority` first, then by chance."""
+    """One pair of each prompt, then a second one of each, and so on; lower `priority` comes first, and chance breaks ties."""
     shuffled = sorted(items, key=lambda item: item.id)
     random.Random(seed).shuffle(shuffled)
     shuffled.sort(key=priority)

@@ -2,13 +2,13 @@
 
 | spec | a pair is judged by |
 | --- | --- |
-| `rule:FILE.py:FUNCTION` | your function: `f(prompt, completion)` gives a score, `f(prompt, a, b)` a number above 0 for a |
+| `rule:FILE.py:FUNCTION` | your function: `f(prompt, completion)` returns a score, or `f(prompt, a, b)` a number above 0 for a |
 | `reward:MODEL` | a sequence classifier with one output |
 | `llm:URL#MODEL` | a chat model behind an OpenAI-compatible endpoint, asked in both orders (llm_judge.py) |
 | `implicit:RUN` or `implicit:RUN#REFERENCE` | the margin of a trained policy against its reference (scoring.py) |
 
-A judge is a function from items to (item, choice, note), one after the other, so that each verdict is saved before the
-next one is asked for.
+A judge is a function from items to an iterator of (item, choice, note), so that each verdict is saved before the next one
+is asked for.
 """
 
 import importlib.util
@@ -36,15 +36,15 @@ def run_judge(
     log: Callable[[str], None] = print,
     **options,
 ) -> Counter:
-    """Have a judge label the items that it has not labelled yet; the number of its labels of each choice, old ones too.
+    """Have a judge label the items that it has not labelled yet; returns how often it gave each choice, old labels included.
 
-    spec      see above, or a function for `rule`
-    name      of the annotator; by default the spec
-    limit     only the first `limit` items; gold questions are judged beside them
-    options   of `llm_judge.ask_llm`: template, timeout, concurrency, api_key, max_tokens
+    spec      one of the above, or a function for `rule`
+    name      the annotator's name; by default the spec
+    limit     only the first `limit` items are judged, and gold questions beside them
+    options   those of `llm_judge.ask_llm`: template, timeout, concurrency, api_key, max_tokens
 
-    Raises ValueError for a judge that cannot be loaded, that raises, that gives something else than a finite number, or
-    that calls everything a tie. The labels that it gave before are saved, and a second run goes on after them.
+    Raises ValueError for a judge that cannot be loaded, that raises, that returns something other than a number, or that
+    calls everything a tie. The labels that it gave before are saved, and a second run goes on after them.
     """
     name = name or (spec if isinstance(spec, str) else spec.__name__)
     judge = make_judge(spec, **options)
@@ -167,7 +167,7 @@ def _reward(target: str) -> Judge:
 
     def judge(items: Iterable[Item]) -> Verdicts:
         for item in items:
-            # One sequence at a time: padding changes the last token that some classifiers read.
+            # The model reads one sequence at a time, since padding changes the last token that some classifiers read.
             with torch.no_grad():
                 rows = (torch.tensor([ids(item, text)], device=device) for text in (item.a, item.b))
                 scores = [model(input_ids=row).logits.item() for row in rows]
@@ -177,7 +177,7 @@ def _reward(target: str) -> Judge:
 
 
 def pair_row(item: Item) -> dict:
-    """A row in TRL's layout, `a` chosen: text or messages, as the prompt is."""
+    """A row in TRL's layout with `a` as the chosen completion: text or messages, like the prompt."""
     return {"prompt": item.prompt, "chosen": reply(item.prompt, item.a), "rejected": reply(item.prompt, item.b)}
 
 

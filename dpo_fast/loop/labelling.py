@@ -1,4 +1,4 @@
-"""One round's labels, from judges and people, and the pairs that come out of them."""
+"""One round's labels, from judges and people, and the pairs that they give."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,8 @@ from .store import LabelStore
 def label_round(settings: Settings, folder: Path, log: Callable[[str], None]) -> tuple[list[dict], list[dict]]:
     """(training pairs, held-out pairs) of the candidates in `folder`; labels that are there already are kept.
 
-    With people, it stops with the page's address and goes on when the wanted labels are there. Held-out pairs are labelled
-    by the judge alone, [] without one. Raises ValueError where a judge fails and where no pair is left to train on.
+    With annotators it shows the page's address and waits until the wanted labels are there. Only the judge labels held-out
+    pairs; without a judge there are none. Raises ValueError where a judge fails and where no pair is left to train on.
     """
     options = settings.annotate
     with LabelStore(folder / "labels.sqlite", folder / "candidates.jsonl") as store:

@@ -1,4 +1,4 @@
-"""What passes a limit is said in words, with what to do about it. One row of a table per kind of overfitting."""
+"""Warnings for measures that pass a limit, with what to do about it: one row of a table per kind of overfitting."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ def _ratio(limit: float, value: float, start: float) -> bool:
 
 
 def _gap(limit: float, m: dict) -> bool:
-    """A gap above the limit that is more than chance: the two confidence intervals do not overlap."""
+    """Whether the gap is above the limit and more than chance: the two confidence intervals do not overlap."""
     low, high = (
         wilson(m["train_accuracy"], m["train_sample"])["low"],
         wilson(m["accuracy"], m["heldout_pairs"])["high"],
@@ -19,7 +19,7 @@ def _gap(limit: float, m: dict) -> bool:
     return m["train_accuracy"] - m["accuracy"] > limit and low > high
 
 
-# (name in Limits, what is compared, whether it passed, sentence). `m` are a round's metrics, `s` those of the start.
+# (name in Limits, whether the limit is passed, sentence). `m` are a round's metrics, `s` those of the start.
 _CHECKS: tuple[tuple[str, Callable[[float, dict, dict], bool], str], ...] = (
     (
         "kl",
@@ -61,7 +61,7 @@ _CHECKS: tuple[tuple[str, Callable[[float, dict, dict], bool], str], ...] = (
 
 
 def warnings(metrics: dict, start: dict, limits: Limits) -> list[str]:
-    """A sentence for each limit that a round's metrics pass."""
+    """One sentence for each limit that a round's metrics pass."""
     said = []
     for name, passed, sentence in _CHECKS:
         limit = getattr(limits, name)

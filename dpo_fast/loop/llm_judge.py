@@ -1,4 +1,4 @@
-"""A chat model as judge, behind any OpenAI-compatible endpoint. Both orders are asked; where they disagree, it is a tie."""
+"""A chat model as judge, behind any OpenAI-compatible endpoint. It is asked in both orders; if they disagree, it is a tie."""
 
 import json
 import re
@@ -41,14 +41,15 @@ def ask_llm(
     api_key: str | None = None,
     max_tokens: int = 256,
 ):
-    """A judge (judges.py) from "URL#MODEL", where URL ends before `/v1` or with it.
+    """A judge (judges.py) from "URL#MODEL", where URL may end with `/v1` or before it.
 
     template     text with {prompt}, {a} and {b}; the reply's last line must be A, B or TIE
     timeout      seconds per request; a request is tried four times with growing pauses
-    concurrency  requests at once
+    concurrency  pairs that are judged at once
+    max_tokens   tokens of a reply at most
 
-    An unreadable reply is asked for once more and then recorded as a skip. Raises ValueError for a template that lacks a
-    place, and, from the judge, for an endpoint that does not answer and when no reply at all can be read.
+    After an unreadable reply the question is asked once more; a second one is recorded as a skip. Raises ValueError for a
+    template that lacks a place; the judge raises it for an endpoint that does not answer.
     """
     url, _, model = target.partition("#")
     if not url.startswith(("http://", "https://")) or not model:
@@ -59,9 +60,9 @@ def ask_llm(
     address = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
 
     def ask(item: Item, first: str, second: str) -> str | None:
-        """ "first", "second" or "tie", None for what cannot be read."""
+        """ "first", "second" or "tie", or None where the reply cannot be read."""
         places = {"prompt": prompt_text(item.prompt), "a": first, "b": second}
-        # In one pass: a completion may itself hold "{b}".
+        # All places are filled in one pass, since a completion may itself hold "{b}".
         content = re.sub(r"\{(prompt|a|b)\}", lambda match: places[match[1]], template)
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens}
         body["messages"] = [{"role": "user", "content": content}]
@@ -88,7 +89,7 @@ def ask_llm(
                 failed = [future.exception() for future in done if future.exception()]
                 if failed and failure is None:
                     failure = failed[0]
-                    # What is being asked may still give a verdict; nothing else is asked.
+                    # Requests under way may still give a verdict; no further one is sent.
                     pending = {future for future in pending if not future.cancel()}
                 yield from (future.result() for future in done if not future.exception())
         if failure is not None:
@@ -98,14 +99,14 @@ def ask_llm(
 
 
 def read_verdict(text: str) -> str | None:
-    """ "A", "B" or "TIE" when the last line says that and nothing else."""
+    """ "A", "B" or "TIE" if the last line says that and nothing else, otherwise None."""
     lines = [line for line in text.splitlines() if line.strip()]
     match = _VERDICT.fullmatch(lines[-1]) if lines else None
     return match[1].upper() if match else None
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
-    """A prompt as text; messages with their roles before them."""
+    """A prompt as text; each message begins with its role."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

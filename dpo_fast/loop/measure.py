@@ -1,4 +1,4 @@
-"""What a round is judged by: win rates in both orders, and what samples tell of drift (KL, entropy, length, repetition)."""
+"""The measures of a round: win rates in both orders, and statistics of samples that show drift (KL, entropy, length, ...)."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from .items import Item
 from .judges import Judge, reply
 from .scoring import MAX_TOKENS
 
-_Z = 1.959964  # of a two-sided confidence of 95 %
-_CREDIT = {"a": 1.0, "b": 0.0}  # anything else is half a win
+_Z = 1.959964  # the normal quantile of a two-sided confidence of 95 %
+_CREDIT = {"a": 1.0, "b": 0.0}  # any other choice is half a win
 
 
 def win_rate(judge: Judge, ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, float]:
-    """How often the judge prefers our sample of a prompt, asked in both orders; a tie is half a win.
+    """How often the judge, asked in both orders, prefers our sample of a prompt; a tie is half a win.
 
-    ours, theirs: lines of candidates files of the same prompts; the first completion of each counts. Returns `rate` and
-    the bounds `low` and `high` of its 95 % confidence interval (Wilson 1927 over prompts, the two orders of a prompt as
-    one observation, so the interval is not too narrow), and `prompts`.
+    `ours` and `theirs` are lines of candidates files of the same prompts; the first completion of each counts. Returns
+    `rate`, the bounds `low` and `high` of its 95 % confidence interval, and `prompts`. The interval is Wilson's (1927) over
+    prompts: the two orders of a prompt are one observation, so that it is not too narrow.
     """
     other = {row["id"]: row for row in theirs}
     items, scores = [], {}
@@ -46,7 +46,7 @@ def wilson(rate: float, n: int) -> dict[str, float]:
 
 
 def sample_examples(rows: Sequence[dict], tokenizer) -> list[dict]:
-    """Token ids of the first completion of each line, as a pair of equal sides (the forest computes them once)."""
+    """Token ids of the first completion of each line, as a pair with equal sides (the forest computes them once)."""
     texts = [(row["prompt"], row["completions"][0]) for row in rows]
     pairs = [dict(prompt=p, **dict.fromkeys(("chosen", "rejected"), reply(p, c["text"]))) for p, c in texts]
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=None, skip_bad_rows=True, log=lambda _: None)
@@ -54,14 +54,14 @@ def sample_examples(rows: Sequence[dict], tokenizer) -> list[dict]:
     kept = [c for i, (_, c) in enumerate(texts) if i not in dropped]
     for example, completion in zip(tokenized.examples, kept, strict=True):
         if completion["truncated"] and len(example["chosen_ids"]) > 1:
-            # It did not end, so its end is no part of the sample.
+            # The sample did not end, so the end-of-sequence token is no part of it.
             for side in ("chosen_ids", "rejected_ids"):
                 example[side] = example[side][:-1]
     return tokenized.examples
 
 
 def sequence_statistics(model: torch.nn.Module, examples: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Log-prob [B] and summed entropy [B] in nats of each `chosen_ids` under the model (float64), and their tokens."""
+    """Log-prob [B] and summed entropy [B] in nats of each `chosen_ids` under the model (float64), and the number of tokens."""
     plan, device, tokens = prepare_model(model), next(model.parameters()).device, 0
     collator = ForestCollator(share="prefix" if plan.share else "none", max_tokens=MAX_TOKENS)
     logps, entropies = [], []
@@ -70,13 +70,13 @@ def sequence_statistics(model: torch.nn.Module, examples: Sequence[dict]) -> tup
             forest = collator.part(group).forest.to(device)
             out = model(forest=forest, outputs=("entropy",))
             for found, name in ((logps, "token_logps"), (entropies, "entropy")):
-                found.append(forest.sum_paths(out[name].double())[0].cpu())  # [2, B], both sides equal
+                found.append(forest.sum_paths(out[name].double())[0].cpu())  # [2, B] with equal sides
             tokens += int(forest.lengths[: len(group)].sum())
     return torch.cat(logps), torch.cat(entropies), tokens
 
 
 def text_statistics(rows: Sequence[dict]) -> dict[str, float]:
-    """`length` (tokens), `truncated`, `empty` (shares) and `repetition` (share of a text's word 4-grams that came before)."""
+    """Means of `length` (tokens), `truncated`, `empty` (shares) and `repetition` (share of word 4-grams that came before)."""
     samples = [row["completions"][0] for row in rows]
     return {
         "length": sum(c["tokens"] for c in samples) / len(samples),

@@ -1,4 +1,4 @@
-"""The report of a loop: curves over the rounds as PNG, and one HTML file that needs nothing beside it."""
+"""The report of a loop: curves over the rounds as PNG, and one HTML file that is complete in itself."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ from .candidates import write_whole
 from .items import read_candidates
 from .settings import Settings
 
-# (title, [(key of a round's metrics, legend)]); a key of a win rate is drawn with its interval.
+# (title, [(key of a round's metrics, legend)]); win rates are drawn with their intervals.
 _CURVES = (
     ("win rate", [("win_start", "against the start"), ("win_before", "against the round before")]),
     ("reward accuracy", [("accuracy", "held out"), ("train_accuracy", "training")]),

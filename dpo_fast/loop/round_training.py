@@ -1,4 +1,4 @@
-"""One round's training, through the public trainer with the options of the section `train`."""
+"""One round's training by the public trainer, with the options of the section `train`."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ _SAMPLE = 64  # pairs
 
 
 def training_options(settings: Settings, model: str, pairs: Path, folder: Path):
-    """(DPOConfig, ModelArguments) of a round. Raises ValueError for an option of `train` that cannot be honoured."""
+    """The (DPOConfig, ModelArguments) of a round. Raises ValueError for an option of `train` that cannot be honoured."""
     ours = {"report_to": "none", "save_strategy": "no", "logging_steps": 0.1, "seed": settings.seed}
     if not torch.cuda.is_available():
         ours["bf16"] = False
@@ -32,10 +32,10 @@ def training_options(settings: Settings, model: str, pairs: Path, folder: Path):
 def train_round(
     settings: Settings, model: str, reference: str | None, pairs: list, heldout: list, folder: Path
 ) -> dict:
-    """Train `model` on the rows `pairs`, save it as `folder`/model, and return what was measured.
+    """Train `model` on the rows `pairs`, save it as `folder`/model, and return the measurements.
 
-    reference: folder or name of the reference, None for the model itself. A folder whose model is there is left alone;
-    checkpoints of an interrupted training are gone on with.
+    `reference` is the folder or name of the reference, or None for the model itself. A folder that has its model is left
+    alone; an interrupted training goes on from its last checkpoint.
     """
     measured = folder / "training.json"
     if (folder / "model").is_dir():
@@ -54,7 +54,7 @@ def train_round(
     trainer.remove_callback(PrinterCallback)
     whole = checkpoint.complete_checkpoints(args.output_dir)
     trained = trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    # As many training pairs as held-out ones are enough to compare the two.
+    # For a comparison with the held-out pairs, as many training pairs are enough.
     sample = PairDataset(trainer.train_dataset.examples[: max(_SAMPLE, len(heldout))])
     before, after = trainer.evaluate(sample, metric_key_prefix="train"), trainer.evaluate() if heldout else {}
     result = {

@@ -1,6 +1,6 @@
-"""Rounds of generate, prefer and train, in one folder that a kill at any moment leaves good to go on with.
+"""Rounds of generate, prefer and train, in one folder from which the loop can go on after a kill at any moment.
 
-    loop.json       the options; a folder of others is refused
+    loop.json       the options; a folder with other options is refused
     prompts.jsonl   the prompts, split once into train and heldout
     start/          samples of the first model on the held-out prompts, and what was measured on them
     round-01/       candidates.jsonl, labels.sqlite, training_pairs.jsonl, model/, samples.jsonl, metrics.json, report.html
@@ -8,7 +8,7 @@
     report.html     the report after the last round, and curves.png
 
 A round is built in round-01.part, step by step: candidates are appended, each label is a transaction, and everything else
-is written whole or not at all. The folder gets its name last, and is not touched again.
+is written whole or not at all. The folder gets its name last and is not touched again.
 """
 
 import fcntl
@@ -36,10 +36,10 @@ _SERVER = ("concurrency", "retries", "timeout", "extra_body")
 
 
 def run_loop(settings: Settings, log: Callable[[str], None] = print) -> list[dict]:
-    """The metrics of the start and of each round. Options and files are checked before anything is computed.
+    """Run the loop and return the metrics of the start and of each round. Options and files are checked first.
 
-    Rounds that are there are kept, and one that was begun goes on. Raises ValueError for a folder of other options or one
-    that another process works in, and what the steps raise.
+    Finished rounds are kept, and one that was begun goes on. Raises ValueError for a folder of other options and while
+    another process works in it, and whatever the steps raise.
     """
     check_name(settings.model)
     judge = make_judge(settings.annotate.judge) if settings.annotate.judge is not None else None
@@ -57,7 +57,7 @@ def run_loop(settings: Settings, log: Callable[[str], None] = print) -> list[dic
 
 
 def _check_folder(settings: Settings, prompts: list) -> None:
-    """Write the options, or compare them with those that the folder was begun with."""
+    """Write the options, or compare them with those with which the folder was begun."""
     mark = folder_fingerprint(settings.model) if Path(settings.model).is_dir() else settings.model
     options = json.loads(json.dumps({**settings.identity(), "weights": mark, "number of prompts": len(prompts)}))
     path = settings.folder / "loop.json"
@@ -74,7 +74,7 @@ def _check_folder(settings: Settings, prompts: list) -> None:
 
 
 def _split(settings: Settings, prompts: list) -> list[Prompt]:
-    """The prompts, split once and for all. Raises ValueError where a side would be empty and for other prompts."""
+    """The prompts, split once for all rounds. Raises ValueError where a side would be empty and for other prompts."""
     path, count = settings.folder / "prompts.jsonl", settings.heldout
     count = round(count * len(prompts)) if count < 1 else int(count)
     if not 0 < count < len(prompts):
@@ -110,7 +110,7 @@ def _run(settings: Settings, judge: Judge | None, prompts: list[Prompt], log) ->
 
 
 def round_folder(settings: Settings, number: int) -> Path:
-    """The folder of a round that is whole."""
+    """The folder of a finished round."""
     return settings.folder / f"round-{number:02d}"
 
 
@@ -119,7 +119,7 @@ def _model(settings: Settings, number: int) -> str:
 
 
 def best_round(history: Sequence[dict]) -> int:
-    """The round with the highest win rate against the start, the earlier one of equals; without a judge the last one."""
+    """The round with the highest win rate against the start, the earliest if several have it; without a judge the last."""
     if len(history) == 1 or history[-1]["win_start"] is None:
         return len(history) - 1
     rates = [0.5] + [metrics["win_start"]["rate"] for metrics in history[1:]]
@@ -135,7 +135,7 @@ def _link_best(settings: Settings, number: int) -> None:
 
 
 def _sample(settings: Settings, model: str, path: Path, prompts: list[Prompt], sampling: Sampling, number: int, log):
-    """Completions of `prompts` into the candidates file `path`."""
+    """Write completions of `prompts` into the candidates file `path`."""
     options = settings.generate
     server = {name: getattr(options, name) for name in _SERVER if getattr(options, name) is not None}
     with open_engine(
@@ -152,7 +152,7 @@ def _sample(settings: Settings, model: str, path: Path, prompts: list[Prompt], s
 
 
 def _held_out(settings: Settings, model: str, folder: Path, prompts: list[Prompt], log) -> list[dict]:
-    """One sample per held-out prompt; the same random numbers in each round, so that rounds differ by their weights."""
+    """One sample per held-out prompt, with the same random numbers in each round, so that only the weights differ."""
     longest = settings.evaluate.max_new_tokens or settings.generate.max_new_tokens
     stop = settings.generate.sampling(settings.seed).stop
     sampling = Sampling(1, max_new_tokens=longest, stop=stop, seed=settings.seed + 1)
@@ -199,7 +199,7 @@ def _one_round(settings: Settings, judge, number: int, prompts, history, log) ->
 
 
 def _new_pairs(folder: Path) -> list[dict]:
-    """The pairs that a round labelled itself, not those that it replayed."""
+    """The pairs that a round labelled itself, without those that it replayed."""
     count = json.loads((folder / "metrics.json").read_text())["pairs"]
     rows = (folder / "training_pairs.jsonl").read_text().split("\n")
     return [json.loads(line) for line in rows[:count]]
@@ -211,7 +211,7 @@ def _samples(settings: Settings, number: int) -> list[dict]:
 
 
 def _drift(settings: Settings, model: str, start: str, rows: list[dict]) -> dict:
-    """Statistics of samples; `kl_start` is the mean log-ratio of policy and first model on them, nats per token."""
+    """Statistics of samples; `kl_start` is the mean log-ratio of policy and first model on them, in nats per token."""
     policy, tokenizer = load(model, "float32")
     examples = sample_examples(rows, tokenizer)
     logps, entropies, tokens = sequence_statistics(policy, examples)

@@ -1,7 +1,7 @@
 """How a token is drawn: temperature, top-p, and one stream of random numbers per completion.
 
-A completion's random numbers depend on its own seed alone, not on what else is in its batch, so that what a killed run
-had not written is drawn again as it would have been.
+A completion's random numbers depend on its own seed alone and not on the rest of its batch, so that completions which a
+killed run had not written are drawn again as they would have been.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import torch
 class Sampling:
     """Options of one generation. Completion k of a prompt has the k-th temperature and the k-th top_p, cycled.
 
-    temperature 0 takes the likeliest token. A completion ends before the first of the `stop` strings.
+    Temperature 0 takes the likeliest token. A completion ends before the first of the `stop` strings.
     Raises ValueError for a value out of range.
     """
 
@@ -38,21 +38,21 @@ class Sampling:
             raise ValueError("a stop string is empty, which would end every completion at once: leave it out")
 
     def of(self, k: int, prompt: str, round: int) -> tuple[float, float, int]:
-        """Temperature, top_p and seed (31 bits, what every server takes) of completion k of the prompt with that id."""
+        """Temperature, top_p and seed (31 bits, which every server accepts) of completion k of the prompt with that id."""
         digest = hashlib.blake2b(f"{self.seed}:{round}:{prompt}:{k}".encode(), digest_size=4).digest()
         temperature, top_p = self.temperature[k % len(self.temperature)], self.top_p[k % len(self.top_p)]
         return temperature, top_p, int.from_bytes(digest, "little") >> 1
 
 
 class Sampler:
-    """Draws tokens for R rows and keeps their log-probs.
+    """Draws tokens for R rows.
 
-    settings: (temperature, top_p, seed) of each row. Rows are given by index, so that finished ones can be left out.
+    `settings` holds (temperature, top_p, seed) of each row. Rows are given by index, so that finished ones can be left out.
     """
 
     def __init__(self, settings: list[tuple[float, float, int]], max_new_tokens: int, device: torch.device):
         streams = (torch.Generator().manual_seed(seed) for _, _, seed in settings)
-        # float64: a float32 number in [0, 1) can fall on one of only 2^24 places, fewer than some vocabularies' tails need.
+        # A float32 number in [0, 1) has only 2^24 values, fewer than the tails of some vocabularies need.
         uniform = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in streams]
         self.uniform = torch.stack(uniform).to(device)  # [R, max_new_tokens]
         self.temperature = torch.tensor([t for t, _, _ in settings], dtype=torch.float64, device=device)
@@ -74,11 +74,11 @@ class Sampler:
         order = None
         if not self.whole:
             probs, order = probs.sort(dim=-1, descending=True, stable=True)
-            # The smallest set of tokens whose probability reaches top_p; the first one always.
+            # The smallest set of tokens whose probability reaches top_p stays; the first token always does.
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p[rows, None], 0.0)
         cumulative = probs.cumsum(-1)
         target = self.uniform[rows, step, None] * cumulative[:, -1:]
-        # right: the first place whose sum passes the target, which never is a token of probability 0.
+        # With right=True this is the first place whose sum passes the target, which is never a token of probability 0.
         place = torch.searchsorted(cumulative, target, right=True).clamp_max(probs.shape[-1] - 1)
         tokens = (place if order is None else order.gather(1, place))[:, 0]
         return tokens.where(self.temperature[rows] > 0, likeliest)

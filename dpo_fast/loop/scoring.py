@@ -1,7 +1,7 @@
 """Log-probs of pairs under a model, and the implicit reward margin of a policy against its reference.
 
 The implicit reward of a completion is log p(completion | prompt) under the policy minus that under the reference (DPO,
-arXiv 2305.18290, equation 5, without beta). Pairs go through the prefix forest, as in training.
+arXiv 2305.18290, equation 5, without beta). Pairs run through the prefix forest as in training.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ MAX_TOKENS = 4096  # per forward pass
 def pair_logps(
     model: torch.nn.Module, examples: Sequence[dict], *, average: bool = False, max_tokens: int = MAX_TOKENS
 ) -> torch.Tensor:
-    """[B, 2] float64: log-probs in nats of `chosen_ids` and `rejected_ids`, summed or per token (`average`).
+    """Log-probs [B, 2] (float64, nats) of `chosen_ids` and `rejected_ids`, summed or, with `average`, per token.
 
     examples   mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`
     """
@@ -46,12 +46,12 @@ def implicit_margins(
     average: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> torch.Tensor:
-    """[B] float64, in nats: how much more the policy favours `chosen` over `rejected` than its reference does.
+    """How much more the policy favours `chosen` over `rejected` than its reference does, [B] in nats (float64).
 
     rows        prompt, chosen and rejected as text or messages
-    reference   None: the policy with its adapters switched off
+    reference   a model, or None for the policy with its adapters switched off
 
-    Raises ValueError for a row that cannot be tokenised, and for no reference.
+    Raises ValueError for a row that cannot be tokenised, without a reference, and for a margin that is not finite.
     """
     examples = tokenize_pairs(list(rows), tokenizer, max_length=None, log=lambda _: None).examples
     options = {"average": average, "max_tokens": max_tokens}
@@ -69,7 +69,7 @@ def implicit_margins(
 def load_policy(spec: str) -> tuple[torch.nn.Module, torch.nn.Module | None, object]:
     """Policy, reference (None: the policy without its adapters) and tokenizer of "RUN" or "RUN#REFERENCE".
 
-    RUN is a folder with adapters, or with a whole model; the latter needs the reference's folder or hub name.
+    RUN is a folder with adapters or a whole model; a whole model needs the reference's folder or hub name.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Which pairs are labelled first. In every order each prompt gives one pair before any gives a second one (items.py)."""
+"""The order in which pairs are labelled. In every order each prompt gives one pair before any gives a second (items.py)."""
 
 from collections import Counter, defaultdict
 
@@ -11,9 +11,9 @@ SELECTIONS = ("random", "margin", "disagreement")
 def select(store: LabelStore, how: str = "random", *, policy: str | None = None, seed: int = 0) -> None:
     """Put the items of a labels file in the order in which they are to be labelled.
 
-    how     "random"; "margin": small implicit margin under the current policy first, about which it knows least
-            (arXiv 2406.17312); "disagreement": pairs on which annotators differ so far first
-    policy  RUN or RUN#REFERENCE, as in the judge `implicit:RUN`; for "margin" alone
+    how     "random"; "margin", which puts first the pairs with a small implicit margin, of which the current policy knows
+            least (arXiv 2406.17312); "disagreement", which puts first the pairs on which annotators differ so far
+    policy  RUN or RUN#REFERENCE, as in the judge `implicit:RUN`; only for "margin"
 
     Raises ValueError for an unknown order, a missing policy, and a policy that has no effect.
     """

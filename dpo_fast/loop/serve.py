@@ -1,4 +1,4 @@
-"""A model server for the time of one generation: started with that round's weights, awaited, and ended."""
+"""A model server for the time of one generation: it is started with that round's weights, awaited, and ended."""
 
 import contextlib
 import ctypes
@@ -21,10 +21,10 @@ _PR_SET_PDEATHSIG = 1
 def serving(
     command: str, model: str, log_file: str | Path, *, timeout: float = 600.0
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(url, check) of a server that `command` starts; {model} and {port} in it are filled in.
+    """Start a server by `command`, in which {model} and {port} are filled in, and yield (url, check).
 
-    What the server prints goes to `log_file`. It is waited for until it says that it is ready (/health, or
-    /v1/models where there is no /health), `timeout` seconds at most.
+    The server's output goes to `log_file`. This waits, for `timeout` seconds at most, until the server says that it is
+    ready (/health, or /v1/models where there is no /health).
     `check()` raises ValueError when the server has ended. Raises ValueError for a command that cannot work.
     """
     for name in ("{model}", "{port}"):
@@ -34,7 +34,7 @@ def serving(
     words = [word.replace("{model}", model).replace("{port}", str(port)) for word in shlex.split(command)]
     with open(log_file, "ab") as log:
         try:
-            # In a group of its own, so that its workers end with it.
+            # The server gets a process group of its own, so that its workers end with it.
             process = subprocess.Popen(
                 words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_us
             )
@@ -57,7 +57,7 @@ def serving(
 
 
 def _end_with_us() -> None:
-    """The server is told to end when this process does, a kill included: else it would keep the accelerator's memory."""
+    """Have the server end when this process does, even by a kill: otherwise it would keep the accelerator's memory."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -79,7 +79,7 @@ def _wait(url: str, check: Callable[[], None], timeout: float, log_file) -> None
 
 
 def _status(url: str) -> int | None:
-    """The HTTP status of a request, None where nobody answers."""
+    """The HTTP status of a request, or None where nobody answers."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return answer.status

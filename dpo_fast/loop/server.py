@@ -1,7 +1,7 @@
 """The page on which people label: an app over a labels file, and the server that runs it.
 
-The page is three static files (page/). A completion is hostile input: it reaches the browser as JSON, is set as text, and
-the page's content security policy allows the page's own script alone. A person is known by the secret in their link.
+The page is three static files (page/). A completion is hostile input: it reaches the browser as JSON and is set as text,
+and the page's content security policy allows only the page's own script. A person is known by the secret in their link.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _COOKIE = "dpo_fast_token"
 
 @dataclasses.dataclass(frozen=True)
 class PageOptions:
-    """How pairs are given out (`LabelStore.show`) and what the page says. `token` must come with every request if set."""
+    """How pairs are given out (`LabelStore.show`) and what the page says. If `token` is set, every request must carry it."""
 
     labels_per_pair: int = 1
     overlap: bool = False
@@ -164,7 +164,7 @@ def sides(shown: Showing) -> tuple[str, str]:
 
 
 def describe(shown: Showing) -> dict:
-    """What the page needs of a pair; neither ids nor which of the two is gold."""
+    """The data of a pair that the page needs; it holds no ids and does not say whether the pair is a gold question."""
     item = shown.item
     left, right = sides(shown)
     prompt = [{"role": "", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
@@ -177,7 +177,7 @@ def describe(shown: Showing) -> dict:
 
 
 def mark_differences(left: str, right: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Both texts as (piece, whether the other text lacks it), cut between words."""
+    """Both texts as lists of (piece, whether the other text lacks it), cut between words."""
     words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in (left, right)]
     parts = ([], [])
     for what, *ends in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
@@ -196,11 +196,10 @@ def is_loopback(host: str) -> bool:
 
 
 class PageServer:
-    """Serves a labels file until `stop`; a context manager.
+    """Serves a labels file until `stop`; it is a context manager.
 
-    port    0 takes a free one
-    Raises ValueError for a port in use, for a host that is not this machine's, and for a host that other machines reach
-    without `options.token`.
+    Port 0 takes a free one. Raises ValueError for a port in use, for a host that is not this machine's, and for a host that
+    other machines reach without `options.token`.
     """
 
     def __init__(
@@ -232,7 +231,7 @@ class PageServer:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
     def link(self, annotator: str) -> str:
-        """A person's link; the person is added when new."""
+        """A person's link; a new person is added."""
         access = f"?access={quote(self._options.token)}" if self._options.token else ""
         return f"{self.address}/a/{self._store.add_annotator(annotator)}{access}"
 
@@ -244,7 +243,7 @@ class PageServer:
         return self
 
     def stop(self) -> None:
-        """End the server; labels are saved already."""
+        """End the server; all labels are saved already."""
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
@@ -255,6 +254,6 @@ class PageServer:
         self.stop()
 
     def wait(self, finished) -> None:
-        """Return when `finished()` is true, asked every second, or when the server ends."""
+        """Wait until `finished()`, which is asked every second, is true or the server ends."""
         while self._thread.is_alive() and not finished():
             time.sleep(1)

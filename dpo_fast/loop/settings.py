@@ -1,4 +1,4 @@
-"""Options of the loop: a YAML file with one section per step, checked before anything is computed.
+"""The options of the loop: a YAML file with one section per step, checked before anything is computed.
 
     model: NAME            prompts: FILE          output_dir: runs/loop     rounds: 3
     reference: round       replay: 0              heldout: 0.2              patience: 2     seed: 0
@@ -17,7 +17,7 @@ from .aggregate import METHODS
 from .sampling import Sampling
 
 REFERENCES = ("round", "start")
-# What the loop decides itself, and why it cannot stand under `train`.
+# Options that the loop decides itself, which therefore cannot be under `train`.
 _OURS = ("model_name_or_path", "dataset_name", "datasets", "output_dir", "eval_dataset_name", "test_split_size")
 
 
@@ -39,16 +39,16 @@ class GenerateSection:
     extra_body: dict | None = None
 
     def sampling(self, seed: int) -> Sampling:
-        """Raises ValueError for a value out of range."""
+        """These options as a `Sampling`. Raises ValueError for a value out of range."""
         several = {name: _several(getattr(self, name)) for name in ("temperature", "top_p", "stop")}
         return Sampling(self.num_generations, max_new_tokens=self.max_new_tokens, seed=seed, **several)
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotateSection:
-    """Who labels: a judge (loop/judges.py; or a function), people on a page, or people with a judge for what is held out.
+    """Who labels: a judge (loop/judges.py; or a function), people on a page, or people with a judge for held-out pairs.
 
-    max_pairs: how many training pairs a round are labelled, max_heldout_pairs how many held-out ones (None: all).
+    `max_pairs` training pairs and `max_heldout_pairs` held-out ones are labelled per round (None: all).
     """
 
     judge: str | Callable | None = None
@@ -72,14 +72,14 @@ class LabelsSection:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSection:
-    """One sample per held-out prompt is compared, drawn at temperature 1 so that the KL is that of the policy."""
+    """One sample per held-out prompt is compared; it is drawn at temperature 1, so that the KL is that of the policy."""
 
     max_new_tokens: int | None = None  # default: that of generate
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What may pass before the report warns (loop/limits.py); None switches a warning off."""
+    """The limits past which the report warns (loop/limits.py); None switches a warning off."""
 
     kl: float | None = 0.5  # nats per token from the start
     length: float | None = 1.5  # times longer or shorter than the start's samples
@@ -100,12 +100,12 @@ _SECTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that a loop is told. Raises ValueError at construction, naming the option, for what cannot work.
+    """All options of a loop. Raises ValueError at construction, naming the option, for what cannot work.
 
-    reference: of a round's training: "round" is the model that the round starts from, "start" the first one.
-    replay: how many earlier rounds' pairs are trained again. heldout: share (below 1) or number of prompts that are never
-    labelled for training. patience: rounds without a better win rate against the start after which it ends; 0 never ends
-    it early.
+    reference  the reference of a round's training: "round" is the model that the round starts from, "start" the first one
+    replay     how many earlier rounds' pairs are trained on again
+    heldout    share (below 1) or number of prompts that are never labelled for training
+    patience   the loop ends after so many rounds without a better win rate against the start; 0 never ends it early
     """
 
     model: str
@@ -143,11 +143,11 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """Where everything is written."""
+        """The folder that everything is written to."""
         return Path(self.output_dir)
 
     def identity(self) -> dict:
-        """What decides the content of the rounds, as JSON; more rounds or another patience go on with what is there."""
+        """The options that decide the content of the rounds, as JSON; the others may change when a loop goes on."""
         values = dataclasses.asdict(self)
         judge = self.annotate.judge
         values["annotate"]["judge"] = getattr(judge, "__qualname__", judge)
@@ -163,7 +163,7 @@ def _several(value) -> tuple:
 
 
 def read_settings(config: dict) -> Settings:
-    """Settings from a YAML file's mapping. Raises ValueError for an unknown name, with the nearest one that is known."""
+    """Settings from a YAML file's mapping. Raises ValueError for an unknown name, with the nearest known one."""
     values = dict(_known(config, Settings, "the file"))
     for name, kind in _SECTIONS.items():
         section = values.get(name)

@@ -12,10 +12,10 @@ pair_inputs.py. The ops are torch.library ops (logits.py, head.py) that work und
 are computed by a back end (backends/).
 
 Every op takes `backend` (None: the fastest that is there) and `debug` (True: values are checked on a GPU too, which
-waits for the device). On the CPU values are always checked. Rows whose target is `ignore_index` count nothing and their
+waits for the device). On the CPU values are always checked. Rows whose target is `ignore_index` do not count, and their
 gradient is 0. Padded batches of pairs hold 2B sequences, the B chosen first, then the B rejected in the same order;
 packed ones are flat rows with `cu_seqlens`, int32 [2B + 1] from 0 to N, on the device of the rows or on the CPU.
-Log-probs of a sequence are summed in float64 with and without a gradient. A second derivative is an error.
+The log-probs of a sequence are summed in float64, with and without a gradient. A second derivative is an error.
 """
 
 from .on_hidden import linear_dpo_loss, linear_sequence_logps, linear_token_logps

@@ -1,7 +1,7 @@
-"""What the public ops refuse, in words that name the argument, what was given and what is expected.
+"""The checks of the public ops' arguments; each error names the argument, what was given and what is expected.
 
-Shapes, types and devices are checked before an op is called, values inside of it: on the CPU always, on a GPU under
-`debug=True`, since to look at a value there is to wait for the device.
+Shapes, types and devices are checked before an op is called, values inside the op: always on the CPU, and on a GPU
+under `debug=True` only, since reading a value waits for the device.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from ..losses import require
 
 
 def shown(x: object) -> str:
-    """A tensor as `torch.float32 [2, 3] on cpu`, anything else as it prints."""
+    """A tensor as `torch.float32 [2, 3] on cpu`, anything else as its repr."""
     return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
 
 
 def local(name: str, x: Tensor | None) -> Tensor | None:
-    """`x` as a plain tensor: a DTensor's whole where no gradient is wanted of it."""
+    """`x` as a plain tensor. A DTensor is gathered where it needs no gradient or has one rank, and refused elsewhere."""
     if x is None or not hasattr(x, "full_tensor"):
         return x
     if name in ("weight", "bias") and (x.device_mesh.size() == 1 or not (x.requires_grad and torch.is_grad_enabled())):
@@ -32,6 +32,7 @@ def local(name: str, x: Tensor | None) -> Tensor | None:
 
 
 def check_transform(logit_scale: float, softcap: float | None, temperature: float, outputs=()) -> None:
+    """Raise ValueError for a transform of the logits out of range, and for unknown outputs."""
     require(
         logit_scale == logit_scale and abs(logit_scale) < float("inf"),
         lambda: f"logit_scale must be finite, got {logit_scale}",
@@ -45,6 +46,7 @@ def check_transform(logit_scale: float, softcap: float | None, temperature: floa
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless `logits` are floating-point [N, V] or [S, T, V] and `targets` fit them."""
     fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim in (2, 3)
     require(fits, lambda: f"logits must be floating-point [N, V] or [S, T, V], got {shown(logits)}")
     require(logits.shape[-1] > 0, lambda: f"logits must have V >= 1 words, got {shown(logits)}")
@@ -52,7 +54,7 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
 
 
 def check_targets_like(targets: Tensor, rows: Tensor, name: str) -> None:
-    """`targets` fit `rows` [..., V or D]."""
+    """Raise ValueError unless `targets` fit `rows` [..., V or D]."""
     fits = isinstance(targets, Tensor) and targets.shape == rows.shape[:-1] and targets.dtype == torch.int64
     require(
         fits, lambda: f"targets must be int64 {list(rows.shape[:-1])}, one for each row of {name}, got {shown(targets)}"
@@ -63,7 +65,7 @@ def check_targets_like(targets: Tensor, rows: Tensor, name: str) -> None:
 
 
 def check_sequences(rows: Tensor, name: str, cu_seqlens: Tensor | None, pairs: bool = False) -> int:
-    """The number of sequences S of padded [S, T, ...] or of packed [N, ...] with `cu_seqlens` [S + 1]."""
+    """The number of sequences S of padded [S, T, ...] or of packed [N, ...] with `cu_seqlens` [S + 1]; checks their shapes."""
     if cu_seqlens is None:
         require(
             rows.ndim == 3,
@@ -89,12 +91,14 @@ def check_sequences(rows: Tensor, name: str, cu_seqlens: Tensor | None, pairs: b
 
 
 def check_per_sequence(name: str, x: Tensor | None, count: int, device: torch.device) -> None:
+    """Raise ValueError unless `x` is None or floating-point [count] on `device`."""
     if x is not None:
         fits = isinstance(x, Tensor) and x.is_floating_point() and x.shape == (count,) and x.device == device
         require(fits, lambda: f"{name} must be floating-point [{count}] on {device}, got {shown(x)}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless hidden [N, D] or [S, T, D], weight [V, D] and bias [V] fit each other and share a device."""
     fits = hidden.ndim in (2, 3) and weight.ndim == 2 and hidden.shape[-1] == weight.shape[1]
     require(
         fits,
@@ -114,7 +118,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_targets(targets: Tensor, words: int, ignore_index: int | None, debug: bool) -> None:
-    """Targets lie in [0, words) or are `ignore_index`."""
+    """Raise ValueError unless all targets lie in [0, words) or are `ignore_index`."""
     if (targets.is_cuda and not debug) or not targets.numel():
         return
     scored = targets if ignore_index is None else targets[targets != ignore_index]
@@ -125,7 +129,7 @@ def check_targets(targets: Tensor, words: int, ignore_index: int | None, debug: 
 
 
 def check_bounds(cu_seqlens: Tensor, rows: int, debug: bool) -> None:
-    """`cu_seqlens` goes from 0 to `rows` and never down."""
+    """Raise ValueError unless `cu_seqlens` goes from 0 to `rows` and never down."""
     if cu_seqlens.is_cuda and not debug:
         return
     bounds = cu_seqlens.tolist()

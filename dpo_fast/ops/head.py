@@ -1,7 +1,7 @@
-"""The ops that hold the output layer, as torch.library ops. How the logits are avoided is in tiles.py.
+"""The ops that hold the output layer, as torch.library ops. tiles.py says how they avoid the logits.
 
-`linear_token_logps` scores in forward and takes its gradients in backward, when the coefficients are known.
-`linear_dpo_loss` does both in forward, one group of whole pairs after the other, each as large as the workspace allows.
+`linear_token_logps` computes log-probs in forward and gradients in backward, when the coefficients are known.
+`linear_dpo_loss` computes both in forward, one group of whole pairs after the other, each as large as the workspace allows.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from .torch_library import library_op, once_differentiable, split_names
 
 
 def drops_rows(x: Tensor) -> bool:
-    """True where a look at the targets is no wait for the device: rows without one drop out before the first product."""
+    """True where reading the targets waits for no GPU: rows without a scored token drop out before the first product."""
     return not x.is_cuda
 
 
 def _scored_rows(hidden: Tensor, targets: Tensor, ignore_index: int | None):
-    """Hidden states and targets to compute with, their row numbers [n] where some dropped out, and the mask [N] where not.
+    """Hidden states and targets to compute with; their row numbers [n] where some dropped out, else the mask [N] where needed.
 
-    A row that stays though its target is ignored gets the first word as target and zeros as hidden states, since its own
-    may be NaN; what comes of it is masked.
+    A row that stays although its target is ignored gets the first word as target and zeros as hidden states, since its
+    own may be NaN; its results are masked later.
     """
     targets = targets.contiguous()
     if ignore_index is None:
@@ -44,7 +44,7 @@ def _scored_rows(hidden: Tensor, targets: Tensor, ignore_index: int | None):
 
 
 def _in_place(x: Tensor, rows: Tensor | None, scored: Tensor | None, n: int) -> Tensor:
-    """[..., n'] of the rows that were computed -> [..., n], 0 for those that were not scored."""
+    """[..., n'] of the computed rows -> [..., n], with 0 for rows without a scored token."""
     if rows is not None:
         return x.new_zeros(*x.shape[:-1], n).index_copy_(-1, rows, x)
     return x if scored is None else x.masked_fill_(~scored, 0)
@@ -71,7 +71,7 @@ def linear_token_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs [N], statistics [K, N], and what backward needs: `keep` is "dh" (a frozen head), "residual" or "".
 
-    What backward needs is that of the rows that are computed, which come first; nothing is written past them.
+    The kept tensors hold the computed rows first; nothing is written past those.
     """
     check_targets(targets, weight.shape[0], ignore_index, debug)
     layer, n = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend), hidden.shape[0]
@@ -132,7 +132,7 @@ def linear_token_logps_backward(
     layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     several = residual.shape[0] < hidden.shape[0]
-    # Not below 1: the sum without it must not be larger than with it.
+    # A peak below 1 would enlarge the coefficients that are divided by it, and so the sums that float16 has to hold.
     peak = coef.abs().amax().clamp(min=1.0) if hidden.dtype == torch.float16 and len(coef) else None
     sums = GradientSums(weight if needs[1] else None, bias if needs[2] else None, several, peak)
     # The graph may be kept for another backward pass, and `residual` with it.
@@ -141,7 +141,7 @@ def linear_token_logps_backward(
 
 
 def _whole_rows(dh: Tensor, rows: Tensor | None, n: int) -> Tensor:
-    """[n', D] gradients of the rows that were computed -> [n, D]."""
+    """[n', D] gradients of the computed rows -> [n, D], with zeros for the others."""
     return dh if rows is None else dh.new_zeros(n, dh.shape[1]).index_copy_(0, rows, dh)
 
 
@@ -209,9 +209,9 @@ def linear_dpo_loss(
     backend: str,
     debug: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, losses [B], log-probs [2B], statistics [K, N], and the gradients of hidden, weight and bias where `needs` says.
+    """Loss, losses [B], log-probs [2B], statistics [K, N], and the gradients of hidden, weight and bias where `needs` says so.
 
-    hidden [N, D] and targets [N] packed. Losses whose pairs do not depend on each other beyond `mean_chosen_length`.
+    hidden [N, D] and targets [N] are packed. A pair's loss must not depend on other pairs beyond `mean_chosen_length`.
     """
     check_targets(targets, weight.shape[0], ignore_index, debug)
     check_bounds(cu_seqlens, hidden.shape[0], debug)
@@ -274,7 +274,7 @@ def _group(
     outputs: tuple[str, ...],
     stats: Tensor,  # [K, N]
 ):
-    """Losses, chosen and rejected log-probs of pairs [i, j); their gradients go to `dh` and `sums`, statistics to `stats`."""
+    """Losses, chosen and rejected log-probs of pairs [i, j); adds their gradients to `dh` and `sums`, statistics to `stats`."""
     i, j, kept = group
     parts = batch.slices(i, j)
     whole = len(parts) == 1

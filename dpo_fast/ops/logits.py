@@ -1,6 +1,6 @@
 """The ops on logits that exist already, as torch.library ops: schema, fake implementation, autograd.
 
-Nothing is checked here but values, and nothing is explained: the front is on_logits.py.
+Only values are checked here. The public functions, their documentation and the other checks are in on_logits.py.
 """
 
 from collections.abc import Sequence
@@ -67,6 +67,7 @@ def token_logps_backward(
     temperature: float,
     backend: str,
 ) -> Tensor:
+    """The gradient of logits, in their shape, from the log-sum-exp and the gradient of the log-probs."""
     rows, flat = flat_rows(logits, targets, ignore_index)
     out, shaped = empty_rows(logits)
     resolve(backend, logits.device, logits.dtype).logps_bwd(
@@ -88,7 +89,7 @@ def _(logits, targets, lse, grad, ignore_index, scale, softcap, temperature, bac
 
 
 def _flat_like(x: Tensor, logits: Tensor) -> Tensor:
-    """[S, T] -> [N] of `flat_rows`, zeros between sequences."""
+    """[S, T] -> [N] in the order of `flat_rows`, with zeros between sequences."""
     if logits.ndim == 2:
         return x.contiguous()
     sequences, length, _ = logits.shape
@@ -120,7 +121,7 @@ token_logps.register_autograd(_backward, setup_context=_save)
 
 @library_op("sequence_sums")
 def sequence_sums(values: Tensor, cu_seqlens: Tensor, debug: bool) -> Tensor:
-    """[N], [S + 1] -> [S], checked."""
+    """`segment_sum` with a gradient and checked bounds: [N], [S + 1] -> [S]."""
     check_bounds(cu_seqlens, len(values), debug)
     return segment_sum(values, cu_seqlens.to(values.device, non_blocking=True))
 
@@ -147,7 +148,7 @@ sequence_sums.register_autograd(_spread, setup_context=_save_bounds)
 
 
 def _dpo(logits, targets, cu_seqlens, per_pair, transform, loss, ld_alpha, ignore_index, backend, debug, rows, out):
-    """Loss, losses [B] and log-probs [2B]; the gradient of the loss goes to `out`."""
+    """Loss, losses [B] and log-probs [2B]; writes the gradient of the loss to `out`."""
     options, (ref_logps, pair_weights, label_smoothing, mean_chosen_length) = unpack_loss(*loss), per_pair
     if label_smoothing is not None and (debug or not label_smoothing.is_cuda):
         check_label_smoothing(label_smoothing, options)

@@ -34,16 +34,17 @@ def linear_token_logps(
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Log-prob of each target under a linear head, 0 where ignored:
+    """The log-prob of each target under a linear head, 0 where ignored:
 
         F.linear(hidden, weight, bias).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
-    hidden [N, D] or [S, T, D], weight [V, D], targets [N] or [S, T] int64, bias [V]. `logit_scale`, `softcap`,
-    `temperature`, `outputs` and what comes back are those of `token_logps`. Rows with an ignored target drop out on the
-    CPU; on a GPU, where to count them would be a wait, they cost what the others cost. `ignore_index=None` says that
-    there are none. `workspace_bytes` bounds what is kept for backward when the head is trained; past it logits are
-    computed again. Only the first `grad_rows` of the N (or S * T) rows (default: all) take part in the backward pass.
-    Under autocast the head runs in autocast's type, as `nn.Linear` does. A frozen head may be a DTensor.
+    hidden is [N, D] or [S, T, D], weight [V, D], targets [N] or [S, T] int64, bias [V]. `logit_scale`, `softcap`,
+    `temperature`, `outputs` and the results are those of `token_logps`. Rows with an ignored target drop out on the
+    CPU; on a GPU, where counting them would wait for the device, they cost as much as the others. `ignore_index=None`
+    says that there are none. `workspace_bytes` bounds the residual that is kept for backward when the head is trained;
+    the logits of the rows past it are computed again. Only the first `grad_rows` of the N (or S * T) rows (default: all)
+    take part in the backward pass. Under autocast the head runs in autocast's type, as `nn.Linear` does. A frozen head
+    may be a DTensor.
     Raises ValueError for shapes that do not fit, an unknown output, a target outside [0, V), or `grad_rows` outside
     [0, N].
     """
@@ -93,11 +94,11 @@ def linear_sequence_logps(
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Log-prob of each sequence under a linear head: `sequence_logps(F.linear(hidden, weight, bias), targets, ...)`.
+    """The log-prob of each sequence under a linear head: `sequence_logps(F.linear(hidden, weight, bias), targets, ...)`.
 
-    Padded hidden [S, T, D] with targets [S, T], or packed [N, D] with [N] and `cu_seqlens` [S + 1]. Returns [S], with
-    `average` divided by the scored tokens (0 for a sequence without one); with `outputs`, also a dict of the named
-    statistics per token, in the shape of targets. The rest as in `linear_token_logps`.
+    hidden is padded [S, T, D] with targets [S, T], or packed [N, D] with [N] and `cu_seqlens` [S + 1]. Returns [S], with
+    `average` divided by the number of scored tokens (0 for a sequence without one); with `outputs`, also a dict of the
+    named statistics per token, in the shape of targets. The other arguments are those of `linear_token_logps`.
     """
     arguments.check_sequences(hidden, "hidden", cu_seqlens)
     found = linear_token_logps(
@@ -152,17 +153,19 @@ def linear_dpo_loss(
 
     Args:
         hidden, targets: padded [2B, T, D] and [2B, T], or packed [N, D] and [N] with `cu_seqlens` [2B + 1]. On a GPU
-            rows with an ignored target cost what the others cost: leave them out.
-        weight, bias: [V, D] and [V]. Frozen: two GEMMs, any length. Trained: three where whole pairs fit
-            `workspace_bytes`; a pair that does not fit has some of its logits computed again, and so have the rows past
-            it where `cu_seqlens` is on a GPU (give it on the CPU: to read it would be a wait).
-        ref_hidden, ref_weight, ref_bias: the reference's hidden states, [..., D'] with the rows of hidden, and head,
-            instead of `ref_logps`; no gradient is taken of them.
-        logit_scale, softcap, temperature, outputs: as in `token_logps`. With `outputs` a pair comes back, the second part
-            a dict of statistics per token in the shape of targets. The rest as in `dpo_loss`.
+            rows with an ignored target cost as much as the others: leave them out.
+        weight, bias: [V, D] and [V]. A frozen head takes two GEMMs, whatever the length. A trained one takes three
+            where whole pairs fit `workspace_bytes`. A pair that does not fit has some of its logits computed again, and
+            so do all rows past the workspace where `cu_seqlens` is on a GPU: give it on the CPU, since reading it would
+            wait for the device.
+        ref_hidden, ref_weight, ref_bias: the reference's hidden states [..., D'], of the same rows as hidden, and its
+            head, instead of `ref_logps`; they get no gradient.
+        logit_scale, softcap, temperature, outputs: as in `token_logps`. With `outputs` the function returns a tuple: the
+            `PreferenceOutput` and a dict of statistics per token in the shape of targets.
 
-    Only `loss` carries a gradient, computed in the forward pass; backward multiplies it in place and can run once. In
-    float16, and for losses over the whole batch (aot, aot_unpaired), the gradient is that of `linear_token_logps`.
+    The other arguments are those of `dpo_loss`. Only `loss` carries a gradient, which is computed in the forward pass;
+    backward multiplies it in place and can run once. In float16, and for losses over the whole batch (aot,
+    aot_unpaired), backward is that of `linear_token_logps`.
 
     Raises ValueError for shapes, types, devices and options that do not fit.
     """
@@ -253,5 +256,5 @@ def _head_types(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unstacked(stats: Tensor, outputs: tuple[str, ...], targets: Tensor) -> dict[str, Tensor]:
-    """[K, N] -> each [...], the shape of targets."""
+    """Statistics [K, N] by name, each in the shape of targets."""
     return {name: x.view(targets.shape) for name, x in unstacked(stats, outputs).items()}

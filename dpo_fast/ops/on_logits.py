@@ -23,13 +23,13 @@ def token_logps(
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Log-prob of each target: `logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]`, 0 where ignored.
+    """The log-prob of each target: `logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]`, 0 where ignored.
 
-    logits [N, V] or [S, T, V], of any strides (a slice such as `logits[:, :-1]` is not copied), targets [N] or [S, T]
+    logits are [N, V] or [S, T, V] of any strides (a slice such as `logits[:, :-1]` is not copied), targets [N] or [S, T]
     int64. The logits are multiplied by `logit_scale`, soft-capped (`softcap * tanh(x / softcap)`) and divided by
-    `temperature`, in that order. Returns the shape of targets in float32 (float64 for float64 logits), in nats; with
-    `outputs`, also a dict of the named statistics, which carry no gradient: `entropy` (nats), `mean_logits` (over the
-    vocabulary, before the temperature), `is_top1`, `log_sum_sq_probs`; 0 where ignored.
+    `temperature`, in that order. Returns nats in the shape of targets, in float32 (float64 for float64 logits). With
+    `outputs`, also returns a dict of the named statistics, which carry no gradient and are 0 where ignored: `entropy`
+    (nats), `mean_logits` (over the vocabulary, before the temperature), `is_top1`, `log_sum_sq_probs`.
 
     Memory: the gradient, in the type and shape of logits, exists only once backward has run.
     Raises ValueError for shapes, types and devices that do not fit, and for a target outside [0, V).
@@ -55,10 +55,10 @@ def sequence_logps(
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor:
-    """Log-prob of each sequence: `token_logps(logits, targets).sum(-1)`, with `average` divided by its scored tokens.
+    """The log-prob of each sequence: `token_logps(logits, targets).sum(-1)`, with `average` divided by its scored tokens.
 
-    Padded logits [S, T, V] with targets [S, T], or packed [N, V] with [N] and `cu_seqlens` [S + 1]. Returns [S]; a
-    sequence without a scored token has 0. The rest as in `token_logps`.
+    logits are padded [S, T, V] with targets [S, T], or packed [N, V] with [N] and `cu_seqlens` [S + 1]. Returns [S]; a
+    sequence without a scored token has 0. The other arguments are those of `token_logps`.
     """
     arguments.check_sequences(logits, "logits", cu_seqlens)
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
@@ -95,24 +95,25 @@ def dpo_loss(
 
     Args:
         logits, targets: padded [2B, T, V] and [2B, T], or packed [N, V] and [N] with `cu_seqlens` [2B + 1].
-        ref_logps: [2B], log-probs of the sequences under the reference, made in the same way; None: they count as zero.
+        ref_logps: [2B], log-probs of the sequences under the reference, computed in the same way. If None, they count
+            as zero.
         logit_scale, softcap, temperature: as in `token_logps`.
         inplace: the gradient overwrites logits, which saves their size in memory; nothing else may need their values
-            afterwards. Without a gradient to take (under no_grad) they stay as they are.
+            afterwards. Where no gradient is taken (under no_grad) logits stay as they are.
         loss_type, beta, label_smoothing (a number or [B]), pair_weights, mean_chosen_length and the options
             f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma, loss_weights, sft_weight and sft_mean:
             as in `preference_loss`. Lengths are counted in targets.
-        average_log_prob: True divides each sequence's log-prob by its scored tokens, for losses that do not themselves
-            (the sft term keeps its own mean).
-        ld_alpha: in [0, 1], the weight of tokens past the shorter length of a pair (LD-DPO, arXiv 2409.06411), which
-            `ref_logps` must hold too.
+        average_log_prob: True divides each sequence's log-prob by its scored tokens, for losses that do not divide
+            themselves (the sft term keeps its own mean).
+        ld_alpha: in [0, 1], the weight of tokens past the shorter length of a pair (LD-DPO, arXiv 2409.06411);
+            `ref_logps` must be computed with the same weight.
 
-    Only `loss` carries a gradient: backward through losses, chosen_logps or rejected_logps is an error, or exact where
-    the loss takes the way of autograd. It is computed in the forward pass (float16 without inplace: in backward, where
-    the loss scale is known) and backward multiplies it in place: backward can run once.
+    Only `loss` carries a gradient. It is computed in the forward pass, and backward multiplies it in place, so backward
+    can run once; backward through losses, chosen_logps or rejected_logps is an error. float16 without inplace is the
+    exception: there autograd differentiates in backward, where the loss scale is known, and every output is exact.
 
-    One launch computes a loss of `loss_table.FUSED` alone; with a transform of the logits, pair_weights, a label_smoothing
-    per pair, ld_alpha, a divergence, sft_weight or average_log_prob it takes two, of as many bytes.
+    One launch computes a loss of `loss_table.FUSED` alone. With a transform of the logits, pair_weights, a label_smoothing
+    per pair, ld_alpha, a divergence, sft_weight or average_log_prob there are two launches, which move as many bytes.
 
     Raises ValueError for shapes, types, devices and options that do not fit.
     """
@@ -161,7 +162,7 @@ def dpo_loss(
 
 def _check_inplace(logits: Tensor) -> None:
     fits = logits.stride(-1) == 1 and (logits.ndim == 2 or row_period(logits) == logits.shape[1])
-    # Rows of an expanded tensor are one row.
+    # All rows of an expanded tensor are the same memory.
     fits &= all(n <= 1 or step >= logits.shape[-1] for n, step in zip(logits.shape, logits.stride()[:-1], strict=False))
     require(
         fits,

@@ -1,4 +1,4 @@
-"""What the fronts of dpo_loss and linear_dpo_loss share: their inputs per pair, checked, and what they return."""
+"""What dpo_loss and linear_dpo_loss share: the checks of their inputs per pair, and their results."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions))
 
 @dataclasses.dataclass
 class PairInputs:
-    """The loss of a batch of pairs but for its log-probs; tensors are detached."""
+    """All inputs of the loss of a batch of pairs except its log-probs; tensors are detached."""
 
     options: LossOptions
     ref_logps: Tensor | None  # [2B]
@@ -32,17 +32,17 @@ class PairInputs:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What the library ops take in this order."""
+        """The tensors that the library ops take, in their order."""
         return self.ref_logps, self.pair_weights, self.label_smoothing, self.mean_chosen_length
 
     @property
     def loss(self) -> tuple:
-        """What the library ops take after the transform of the logits."""
+        """The arguments that the library ops take after the transform of the logits."""
         return *pack_loss(self.options), self.ld_alpha, self.ignore_index
 
     @property
     def lengths(self) -> Tensor:
-        """Scored tokens of each sequence [2B]."""
+        """The number of scored tokens of each sequence [2B]."""
         return sequence_lengths(self.targets, self.cu_seqlens, self.ignore_index)
 
 
@@ -60,7 +60,7 @@ def pair_inputs(
     ld_alpha: float | None,
     others: dict,
 ) -> PairInputs:
-    """Check the inputs of the loss of `count` sequences whose rows are `rows`; `batch` is targets, cu_seqlens, ignore_index."""
+    """Check and gather the inputs of the loss of `count` sequences; `batch` is targets, cu_seqlens, ignore_index."""
     soft = label_smoothing if isinstance(label_smoothing, Tensor) else None
     unknown = [name for name in others if name not in _OPTIONS]
     if unknown:
@@ -81,20 +81,20 @@ def pair_inputs(
 
 
 def sum_sequences(token_logps: Tensor, cu_seqlens: Tensor | None, debug: bool) -> Tensor:
-    """Token log-probs [S, T], or [N] with cu_seqlens, -> [S], summed in float64 as the losses do."""
+    """Token log-probs [S, T], or [N] with cu_seqlens, -> [S], summed in float64 as in the losses."""
     if cu_seqlens is None:
         return token_logps.sum(-1, dtype=torch.float64).to(token_logps.dtype)
     return sequence_sums(token_logps, cu_seqlens, debug)
 
 
 def sequence_lengths(targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
-    """Scored tokens of each sequence [S]."""
+    """The number of scored tokens of each sequence [S]."""
     cu_rows = None if cu_seqlens is None else cu_seqlens.to(targets.device, non_blocking=True)
     return scored_lengths(targets, ignore_index, cu_rows)
 
 
 def _ld_weights(inputs: PairInputs) -> Tensor:
-    """What `ld_alpha` makes of each token, in the shape of targets."""
+    """The weight that `ld_alpha` gives to each token, in the shape of targets."""
     targets, cu_rows = inputs.targets, inputs.cu_seqlens
     if cu_rows is None:
         cu_rows = torch.arange(targets.shape[0] + 1, device=targets.device) * targets.shape[1]
@@ -104,7 +104,7 @@ def _ld_weights(inputs: PairInputs) -> Tensor:
 
 
 def weighted_sums(inputs: PairInputs, token_logps: Tensor, debug: bool) -> Tensor:
-    """[2B, T] or [N] -> [2B], with the weights of `ld_alpha`."""
+    """Token log-probs [2B, T] or [N] -> [2B], summed with the weights of `ld_alpha`."""
     if inputs.ld_alpha is not None:
         token_logps = token_logps * _ld_weights(inputs).to(token_logps.dtype)
     return sum_sequences(token_logps, inputs.cu_seqlens, debug)
@@ -119,9 +119,9 @@ def with_reference(inputs: PairInputs, token_logps: Tensor, debug: bool) -> Pair
 
 
 def output_of_token_logps(inputs: PairInputs, token_logps: Tensor, debug: bool) -> PreferenceOutput:
-    """The loss of [2B, T] or [N] token log-probs by way of autograd."""
+    """The loss of [2B, T] or [N] token log-probs, differentiated by autograd."""
     soft = inputs.label_smoothing
-    # A look at a value would break a compiled graph.
+    # Reading a value would break a compiled graph.
     if soft is not None and (debug or not soft.is_cuda) and not torch.compiler.is_compiling():
         check_label_smoothing(soft, inputs.options)
     logps = weighted_sums(inputs, token_logps, debug)
@@ -146,7 +146,7 @@ def output_with_gradients(
     gradients: list[Tensor],
     backend: str,
 ) -> PreferenceOutput:
-    """What the one pass found: loss, losses [B], log-probs [2B], and the gradients of the loss with respect to `leaves`.
+    """The output of an op that computed loss, losses [B], log-probs [2B] (`found`) and the gradients of `leaves` in one pass.
 
     Rewards are as in `preference_loss`: beta * (logp - ref_logp), or beta * logp / length.
     """

@@ -1,4 +1,4 @@
-"""Pairs: the options of a loss as an op's schema can hold them, and a batch of pairs whose rows come in groups.
+"""A batch of pairs inside an op: its loss options as an op's schema can hold them, and its rows in groups of whole pairs.
 
 Nothing here waits for the device.
 """
@@ -15,14 +15,14 @@ _CHOICES = ("f_divergence_type", "sft_mean")
 
 
 def pack_loss(options: LossOptions) -> tuple[str, str, list[float]]:
-    """The options as what the schema of an op can hold: strings and numbers."""
+    """The options as strings and numbers, which the schema of an op can hold."""
     numbers = [float(getattr(options, name)) for name in _NUMBERS] + options.weights
     choices = [getattr(options, name) for name in _CHOICES] + ["average"] * options.average_log_prob
     return ",".join(options.names), ",".join(choices), numbers
 
 
 def unpack_loss(names: str, choices: str, numbers: list[float]) -> LossOptions:
-    """What `pack_loss` packed."""
+    """The options that `pack_loss` packed."""
     count = len(_NUMBERS)
     values = dict(zip(_NUMBERS, numbers[:count], strict=True))
     *chosen, average = [*choices.split(","), ""][: len(_CHOICES) + 1]
@@ -33,7 +33,7 @@ def unpack_loss(names: str, choices: str, numbers: list[float]) -> LossOptions:
 
 
 class PairBatch:
-    """The batch but for its hidden states: which rows belong to which pair, and what a pair's loss is made of."""
+    """A batch of pairs without its hidden states: which rows belong to which pair, and the inputs of a pair's loss."""
 
     def __init__(
         self,
@@ -57,14 +57,15 @@ class PairBatch:
         self.ref_logps, self.pair_weights, self.label_smoothing = ref_logps, pair_weights, label_smoothing
         self.weights = None if ld_alpha is None else past_shorter_weights(self.scored, cu_rows, ld_alpha)
         if mean_chosen_length is None:
-            # Of the whole batch, since its groups see a part each.
+            # The mean of the whole batch, since each group sees only its part.
             mean_chosen_length = self.lengths[: self.count].sum().clamp(min=1) / self.count
         self.mean_chosen_length = mean_chosen_length
 
     def groups(self, limit: int) -> list[tuple[int, int, int]]:
-        """Runs of pairs [i, j) whose rows fit the workspace of `limit` rows, and how many rows of each are kept there.
+        """Runs of pairs [i, j) whose rows fit the workspace of `limit` rows, and how many rows of each run are kept there.
 
-        A pair that does not fit is alone. Where the bounds are on a GPU the whole batch is one group: to read them would be a wait.
+        A pair that does not fit is a run of its own. Where the bounds are on a GPU the whole batch is one run, since
+        reading them would wait for the device.
         """
         n, count = len(self.safe), self.count
         if n <= limit or self.bounds is None:
@@ -88,7 +89,7 @@ class PairBatch:
         return [slice(b[i], b[j]), slice(b[count + i], b[count + j])]
 
     def losses(self, token_logps: Tensor, i: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of pairs [i, j): log-probs of their rows -> losses, log-probs [2 (j - i)], coefficients of the rows [n, 1]."""
+        """Pairs [i, j), from the log-probs of their rows: losses, log-probs [2 (j - i)] and coefficients of the rows [n, 1]."""
         count = self.count
         chosen, rejected = self.cu_rows[i : j + 1], self.cu_rows[count + i : count + j + 1]
         split = chosen[-1] - chosen[0]

@@ -1,4 +1,4 @@
-"""Rows: [S, T, V] logits seen as [N, V] with one stride, without a copy where the strides allow it, and the way back.
+"""Padded logits [S, T, V] seen as rows [N, V] of one stride, without a copy where the strides allow it, and the way back.
 
 Nothing here waits for the device.
 """
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def row_period(logits: Tensor) -> int:
-    """Rows from one sequence of [S, T, V] to the next when all are seen as [N, V] with one stride; 0: they cannot be.
+    """Rows from one sequence of [S, T, V] to the next when all are seen as [N, V] of one stride; 0 where they cannot be.
 
-    T where sequences follow each other; more for a slice such as `logits[:, :-1]`, whose view takes in the rows between.
+    The period is T where sequences follow each other, and larger for a slice such as `logits[:, :-1]`, whose view
+    includes the rows between sequences.
     """
     sequences, length, words = logits.shape
     between, row, word = logits.stride()
@@ -22,9 +23,9 @@ def row_period(logits: Tensor) -> int:
 
 
 def flat_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """[S, T, V], [S, T] -> [N, V], [N] without a copy where the strides allow one; rows between sequences are ignored.
+    """[S, T, V], [S, T] -> [N, V], [N], without a copy where the strides allow that; rows between sequences are ignored.
 
-    [N, V] and [N] pass through. Sequence s begins at row s * period, `period = row_period(logits) or T`.
+    [N, V] and [N] pass through. Sequence s begins at row s * period with `period = row_period(logits) or T`.
     """
     if logits.ndim == 2:
         return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous(), targets.contiguous()
@@ -35,7 +36,7 @@ def flat_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tenso
     stride = logits.stride(1) if length > 1 else logits.stride(0)
     rows = logits.as_strided((n, words), (stride, 1))
     if period == length:
-        # A slice of one column is [S] without a copy, and has gaps.
+        # Reshaping a slice of one column makes no copy and leaves gaps.
         return rows, targets.reshape(-1).contiguous()
     padded = targets.new_full((sequences, period), ignore_index)
     padded[:, :length] = targets
@@ -53,7 +54,7 @@ def empty_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unflatten(x: Tensor, logits: Tensor) -> Tensor:
-    """[..., N] of `flat_rows` -> [..., S, T]; [..., N] stays what it is."""
+    """[..., N] in the order of `flat_rows` -> [..., S, T]; results of logits [N, V] stay [..., N]."""
     if logits.ndim == 2:
         return x
     sequences, length, _ = logits.shape

@@ -1,13 +1,14 @@
-"""The output layer in chunks: never more than a tile of the [N, V] logits, and which matrix products that takes.
+"""The output layer in chunks of rows: never more than a tile of the [N, V] logits exists. It takes these matrix products.
 
-The gradient of a log-prob with respect to its logits is `onehot - softmax`, times one number per row that the loss decides
-later. A row scale commutes with both matrix products of the backward pass, so the products can start before it is known:
+The gradient of a log-prob with respect to its logits is the residual `onehot - softmax`, times one coefficient per row that
+the loss decides later. A factor per row commutes with both matrix products of the backward pass, so the products can start
+before it is known:
 
     frozen head      2 GEMMs: logits, then dH = (onehot - softmax) W, unscaled until the coefficients are there
-    trainable head   3 GEMMs: logits, dH and dW from `onehot - softmax` kept in a bounded workspace
+    trained head     3 GEMMs: logits, then dH and dW from the residual, which is kept in a bounded workspace
                      4 GEMMs for the rows past the workspace: their logits are computed again
 
-`score` is everything before the coefficients, `gradients` everything after. Autograd and the ops are in head.py.
+`score` does everything before the coefficients, `gradients` everything after. Autograd and the ops are in head.py.
 """
 
 from typing import NamedTuple
@@ -18,12 +19,12 @@ from torch import Tensor
 from ..backends import Backend
 from ..backends.eager import chunks, row_blocks, tile_rows, whole_steps, wide_dtype
 
-# Of `d logps / d logits` that is kept between the forward and backward pass of a trained head.
+# Bytes of the residual that a trained head keeps between its forward and backward pass, by default.
 WORKSPACE_BYTES = 1 << 30
 
 
 class OutputLayer(NamedTuple):
-    """The output layer, what follows it, and who computes its rows."""
+    """The output layer, the transform of its logits, and the back end that computes its rows."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -31,13 +32,14 @@ class OutputLayer(NamedTuple):
     launch: Backend
 
     def tile(self, n: int, workspace: Tensor | None) -> Tensor:
-        """Memory [rows, V] for the logits of n rows, a chunk at a time: the workspace where it has as many rows as a tile."""
+        """Memory [rows, V] for the logits of n rows, one chunk at a time: the workspace where it has at least a tile's rows."""
         rows = tile_rows(len(self.weight), self.weight.dtype, self.weight.device.type)
         if workspace is not None and len(workspace) >= rows:
             return workspace[: whole_steps(len(workspace))]
         return self.weight.new_empty(min(n, rows), len(self.weight))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """The logits [n, V] of hidden states [n, D] before the transform, written to `out`."""
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias.to(hidden.dtype), hidden, self.weight.t(), out=out)
@@ -48,10 +50,10 @@ def score(
     hidden: Tensor,  # [N, D]
     targets: Tensor,  # [N]; -100 is ignored: log-prob, statistics and gradient are 0
     outputs: tuple[str, ...],
-    residual: Tensor,  # [kept, V]: of so many rows, d logps / d logits is kept here
+    residual: Tensor,  # [kept, V]: receives d logps / d logits of the first `kept` rows
     dh: Tensor | None = None,  # [N, D]: receives d logps / d hidden
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [N] and statistics [K, N]. Rows past those kept come first, in the memory that keeps the others."""
+    """Log-probs [N] and statistics [K, N]. The rows past the kept ones go first, through the memory of `residual`."""
     n, kept = len(hidden), len(residual)
     wide = wide_dtype(hidden.dtype)
     logps, stats = hidden.new_empty(n, dtype=wide), hidden.new_empty(len(outputs), n, dtype=wide)
@@ -71,10 +73,10 @@ def score(
 
 
 class GradientSums:
-    """Gradients of weight and bias as they add up over chunks: in float32 where there are several.
+    """Gradients of weight and bias, added up over chunks: in float32 where there are several.
 
-    `peak`, the largest coefficient where that is above 1, is taken out of the products and put back into their sum: a loss
-    scale times a hidden state may be more than float16 has.
+    `peak`, the largest coefficient where that is above 1, is divided out of the products and multiplied back into their
+    sum: a loss scale times a hidden state may overflow float16.
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, several: bool, peak: Tensor | None = None):
@@ -82,7 +84,7 @@ class GradientSums:
         self.weight = self.bias = None
 
     def add(self, residual: Tensor, coef: Tensor, hidden: Tensor) -> None:
-        """The part of rows with `residual` [n, V], coefficients [n, 1] and hidden states [n, D]."""
+        """Add the part of rows with `residual` [n, V], coefficients [n, 1] and hidden states [n, D]."""
         coef = coef if self.peak is None else coef / self.peak
         if self.of_weight is not None:
             scaled = torch.mul(hidden, coef, out=torch.empty_like(hidden))
@@ -94,7 +96,7 @@ class GradientSums:
             self.bias = add_column_sums(self.bias, residual, coef)
 
     def results(self, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """In the types of weight and bias; `empty` where one is not wanted, zeros where no row was added."""
+        """Both gradients in the types of weight and bias: empty where one is not wanted, zeros where no row was added."""
         bias = None if self.bias is None else self.bias.sum(1)
         pairs = ((self.of_weight, self.weight), (self.of_bias, bias))
         found = []
@@ -109,10 +111,10 @@ class GradientSums:
 
 
 def add_column_sums(total: Tensor | None, residual: Tensor, coef: Tensor) -> Tensor:
-    """`total + residual.t() @ coef` in float32 or wider, [V, k]: the sum over k is meant."""
+    """`total + residual.t() @ coef` in float32 or wider, as columns [V, k] whose sum over k it is."""
     if residual.is_cuda or residual.dtype == coef.dtype:
         return add_product(total, residual.t(), as_columns(coef, residual.dtype))
-    # A CPU's product of half precision would round each sum; the float32 copies of a few rows stay in its cache.
+    # A half-precision product on a CPU would round each sum; the float32 copies of a few rows stay in its cache.
     for a, b in row_blocks(0, len(residual), residual):
         part = (residual[a:b] * coef[a:b]).sum(0)[:, None]
         total = part if total is None else total.add_(part)
@@ -120,7 +122,7 @@ def add_column_sums(total: Tensor | None, residual: Tensor, coef: Tensor) -> Ten
 
 
 def as_columns(coef: Tensor, dtype: torch.dtype) -> Tensor:
-    """Coefficients [n, 1] as columns of `dtype` whose sum they are, to twice its digits; a row of 16 bytes suits a GPU."""
+    """Coefficients [n, 1] as columns of `dtype` that add up to them, to twice its digits; rows of 16 bytes suit a GPU."""
     if coef.dtype == dtype:
         return coef
     columns = coef.new_zeros(len(coef), 8, dtype=dtype)
@@ -130,9 +132,9 @@ def as_columns(coef: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a @ b` in float32 or wider, in place: a sum in half precision would lose small products, and bias training.
+    """`total + a @ b` in float32 or wider, in place: a sum in half precision would lose small products and bias training.
 
-    On a CPU, where torch has no product of half precision in float32, each product is rounded once before it is added.
+    On a CPU torch has no half-precision product with a float32 result, so each product is rounded once before it is added.
     """
     wide = wide_dtype(a.dtype)
     if a.dtype == wide:
@@ -143,7 +145,7 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return torch.addmm(total, a, b, out_dtype=wide, out=total)
     if total is None:
         total = a.new_zeros(a.shape[0], b.shape[1], dtype=wide)
-    # In slices that stay in the cache: 4 times as fast as the whole product and its sum.
+    # Slices that stay in the cache are 4 times as fast as the whole product and its sum.
     for start in range(0, len(total), 2048):
         total[start : start + 2048].add_(torch.mm(a[start : start + 2048], b))
     return total
@@ -159,7 +161,7 @@ def gradients(
     sums: GradientSums,  # receives those of weight and bias
     spend: bool,  # whether `residual` may be overwritten
 ) -> None:
-    """Rows past those kept are computed again, a tile at a time."""
+    """Add up the gradients of all rows; the logits of rows past the kept ones are computed again, a tile at a time."""
     n, kept = len(hidden), len(residual)
     memory = layer.tile(n - kept, residual if spend else None)
     rest = [(a + kept, b + kept) for a, b in chunks(n - kept, max(1, len(memory)))]
@@ -176,5 +178,5 @@ def gradients(
 
 
 def workspace_rows(weight: Tensor, workspace_bytes: int) -> int:
-    """How many rows [V] of the type of `weight` fit."""
+    """How many rows [V] of the type of `weight` fit into `workspace_bytes`."""
     return workspace_bytes // (len(weight) * weight.element_size())

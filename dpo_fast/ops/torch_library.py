@@ -1,7 +1,7 @@
-"""What the torch.library ops share: how one is made, and how gradients that exist already hang on a loss.
+"""What the torch.library ops share: how one is made, and how gradients that exist already are attached to a loss.
 
-The losses compute their gradients in the forward pass. `with_gradients` is the one op that autograd sees there: it hands
-them out in backward, multiplied on the device by the gradient of the loss.
+The losses compute their gradients in the forward pass. `with_gradients` is the one op that autograd sees there: in
+backward it returns them, multiplied on the device by the gradient of the loss.
 """
 
 import functools
@@ -14,7 +14,7 @@ from ..backends import resolve
 
 
 def library_op(name: str, mutates: Sequence[str] = ()) -> Callable:
-    """`torch.library.custom_op` in the namespace dpo_fast; autocast stays outside."""
+    """`torch.library.custom_op` in the namespace dpo_fast, with autocast switched off inside."""
 
     def wrap(function: Callable):
         @functools.wraps(function)
@@ -36,9 +36,9 @@ _ONCE = (
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """`backward` of an op whose gradients, differentiated again, are an error, whatever else depends on them.
+    """Wrap the `backward` of an op so that differentiating its gradients again is an error.
 
-    torch.autograd.function.once_differentiable lets them through where the gradient that comes in is a constant.
+    torch.autograd.function.once_differentiable raises none where the incoming gradient is a constant.
     """
 
     def refused(x):
@@ -60,7 +60,7 @@ def once_differentiable(backward: Callable) -> Callable:
 
 
 def split_names(outputs: str) -> tuple[str, ...]:
-    """The schema of an op holds no tuple of strings."""
+    """The names in a comma-separated string, since the schema of an op can hold no tuple of strings."""
     return tuple(outputs.split(",")) if outputs else ()
 
 
@@ -70,7 +70,7 @@ def stacked(stats: dict[str, Tensor], like: Tensor) -> Tensor:
 
 
 def unstacked(stats: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
-    """What `stacked` packed."""
+    """The statistics that `stacked` packed, by name."""
     return {name: stats[k].bool() if name == "is_top1" else stats[k] for k, name in enumerate(outputs)}
 
 
@@ -86,9 +86,9 @@ _LOSS_ALONE = (
 
 @library_op("scale_", mutates=("x",))
 def scale_(x: Tensor, factor: Tensor, unused: Sequence[Tensor], backend: str) -> None:
-    """`x *= factor`, free where the factor is 1. The gradients `unused` must be zero.
+    """`x *= factor`, which costs nothing where the factor is 1. The gradients `unused` must be zero.
 
-    A compiled backward pass hands over zeros for outputs that nothing reads, so their values are looked at there.
+    A compiled backward pass passes zeros for outputs that nothing reads, so this op has to look at their values.
     """
     for grad in unused:
         if grad.is_cuda:
@@ -112,8 +112,8 @@ def with_gradients(
     gradients: Sequence[Tensor],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, losses and log-probs. The gradients of `loss` with respect to `inputs` are `gradients`, which backward
-    multiplies in place; a gradient of the other two is an error there, since nobody has it.
+    """The loss, losses and log-probs. `gradients` are the gradients of `loss` with respect to `inputs`; backward multiplies
+    them in place. Backward through the other two outputs is an error, since their gradients were not computed.
     """
     return loss.clone(), losses.clone(), logps.clone()
 

@@ -1,4 +1,4 @@
-"""Which pairs a run's forward passes hold, known before there is a model: what `--inspect_data` counts."""
+"""The pairs of a run's forward passes, computed without a model: `--inspect_data` counts them."""
 
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -9,7 +9,7 @@ from ..forest.batch import ForestCollator
 def training_batches(examples: list[dict], args) -> list[list[list[dict]]]:
     """The micro-batches of the first epoch, in training's order, each as the groups that go through the model together.
 
-    The sampler is the one that accelerate puts in the place of transformers' own. Ranks take these batches in turns.
+    The sampler is the one with which accelerate replaces transformers' own. Ranks take these batches in turns.
     """
     if getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy) == "sequential":
         sampler = SequentialSampler(examples)
@@ -20,7 +20,7 @@ def training_batches(examples: list[dict], args) -> list[list[list[dict]]]:
 
 
 def evaluation_batches(examples: list[dict], args) -> list[list[list[dict]]]:
-    """The batches of an evaluation: the pairs as they come."""
+    """The batches of an evaluation, with the pairs in their given order."""
     return _groups(examples, BatchSampler(SequentialSampler(examples), args.per_device_eval_batch_size, False), args)
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints that a kill at any moment leaves whole: a directory counts once its marker file is written, last of all.
+"""Checkpoints that a kill at any moment leaves whole: a folder counts once its marker file is written, last of all.
 
-The marker, `complete.json`, says of which step and run the checkpoint is (`run`: a random name that a resumed run
-inherits), when it was written, what must agree with a run that resumes it (`fingerprint`, see fingerprint.py), and
-which files belong to it: `files` maps each name to its size in bytes and its CRC-32.
+The marker, `complete.json`, holds the checkpoint's step and run (`run` is a random name that a resumed run inherits), the
+time when it was written, what a run that resumes it must agree with (`fingerprint`, see fingerprint.py), and its files:
+`files` maps each name to its size in bytes and its CRC-32.
 """
 
 import json
@@ -19,7 +19,7 @@ _BLOCK = 1 << 24  # bytes read at once for a checksum
 
 
 def mark_complete(folder: str | os.PathLike, **facts) -> None:
-    """Write the marker, atomically, after everything else in `folder`; the files there and the time are added to it."""
+    """Write the marker with `facts`, the time and the files of `folder`, atomically and after everything else there."""
     folder = Path(folder)
     temporary = folder / (MARKER + ".tmp")
     facts = {**facts, "written": time.time(), "files": _checksums(folder, _files(folder))}
@@ -31,12 +31,12 @@ def mark_complete(folder: str | os.PathLike, **facts) -> None:
 
 
 def mark_incomplete(folder: str | os.PathLike) -> None:
-    """Take the marker away before files in `folder` are written again."""
+    """Remove the marker before files in `folder` are written again."""
     Path(folder, MARKER).unlink(missing_ok=True)
 
 
 def read_marker(folder: str | os.PathLike) -> dict:
-    """What `mark_complete` wrote. Raises ValueError where it cannot be read."""
+    """The facts that `mark_complete` wrote. Raises ValueError where they cannot be read."""
     path = Path(folder, MARKER)
     try:
         facts = json.loads(path.read_text())
@@ -53,7 +53,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """Name -> [bytes, CRC-32], by up to 8 threads."""
+    """Name -> [bytes, CRC-32], computed by up to 8 threads."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
 
@@ -67,7 +67,7 @@ def _checksum(path: Path) -> list[int]:
 
 
 def check_sizes(folder: str | os.PathLike) -> None:
-    """Every file of the checkpoint is there and as long as it was written. Raises ValueError that names the first."""
+    """Raise ValueError, naming the first such file, where a file of the checkpoint is missing or has another size."""
     for name, (size, _) in read_marker(folder)["files"].items():
         path = Path(folder, name)
         found = path.stat().st_size if path.is_file() else None
@@ -77,7 +77,7 @@ def check_sizes(folder: str | os.PathLike) -> None:
 
 
 def check_contents(folder: str | os.PathLike) -> None:
-    """Every file of the checkpoint holds what was written. Raises ValueError that names the first that does not."""
+    """Raise ValueError, naming the first such file, where a file does not hold what was written."""
     check_sizes(folder)
     files = read_marker(folder)["files"]
     for name, found in _checksums(Path(folder), list(files)).items():
@@ -89,7 +89,7 @@ def check_contents(folder: str | os.PathLike) -> None:
 
 
 def complete_checkpoints(run_dir: str | os.PathLike) -> list[Path]:
-    """Whole checkpoints in `run_dir`, of whatever run, in the order in which they were written."""
+    """The whole checkpoints in `run_dir`, of any run, in the order in which they were written."""
     found = []
     for path in Path(run_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -103,18 +103,18 @@ def _written(folder: Path) -> float:
 
 
 def _lenient(folder: Path) -> dict:
-    """The marker's facts, {} where it is damaged: another checkpoint may still be whole."""
+    """The marker's facts, or {} where it is damaged, since another checkpoint may still be whole."""
     try:
         return json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
         return {}
 
 
-def resolve(resume, run_dir: str | os.PathLike) -> str | None:
-    """The folder to resume from: None for no resume, the last one that was written for True, else the one that is named.
+def find_checkpoint(resume, run_dir: str | os.PathLike) -> str | None:
+    """The folder to resume from: None where `resume` is false, the last whole checkpoint for True, else the named one.
 
-    Raises ValueError where there is none, where the named one was interrupted while it was written, and where a file
-    of it is missing or too short.
+    Raises ValueError where there is none, where writing the named one was interrupted, and where one of its files is
+    missing or too short.
     """
     if not resume:
         return None
@@ -134,7 +134,7 @@ def resolve(resume, run_dir: str | os.PathLike) -> str | None:
 
 
 def rotate(run_dir: str | os.PathLike, limit: int | None, keep: str | None = None, run: str | None = None) -> None:
-    """Delete whole checkpoints of `run` beyond the newest `limit`, and never `keep` (the best one)."""
+    """Delete whole checkpoints of `run` beyond the newest `limit`, but never `keep` (the best one)."""
     if not limit:
         return
     whole = [path for path in complete_checkpoints(run_dir) if _lenient(path).get("run") == run]

@@ -1,8 +1,8 @@
 """`DPOConfig`: transformers' `TrainingArguments` with TRL's names and defaults for DPO, and dpo_fast's own few options.
 
-Every option of TRL 1.16's DPOConfig is a field here, so that its YAML files and command lines are understood. What
-dpo_fast cannot honour is in `REFUSED` where it would change what is computed: at its default it is accepted, else it is
-an error that names it. What changes no number is in unused.py: it is accepted with a warning.
+Every option of TRL 1.16's DPOConfig is a field here, so that its YAML files and command lines are understood. Options that
+would change what is computed and that dpo_fast cannot honour are in `REFUSED`: a value other than the default is an error
+that names the option. Options that change no number are in unused.py: they are accepted with a warning.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ LABEL_NOISE = ("smoothing", "weight", "ignore")
 
 logger = logging.getLogger(__name__)
 
-# name -> (values that are fine, why no other is): each would change what is computed
+# name -> (accepted values, why no other is accepted); any other value would change what is computed
 REFUSED: dict[str, tuple[tuple, str]] = {
     "neftune_noise_alpha": ((None,), "noise on shared prompts would not be independent"),
     "label_smoothing_factor": ((0.0, 0), "that is cross-entropy's smoothing; DPO's is label_smoothing"),
@@ -184,7 +184,7 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        # A machine without an accelerator has one choice, and transformers wants it said before it computes in bf16.
+        # Without an accelerator there is only the CPU, and transformers demands use_cpu=True before it computes in bf16.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         check_numbers(self)
         check_evaluation(self)
@@ -216,7 +216,7 @@ class DPOConfig(TrainingArguments):
             )
 
     def check_p_chosen(self, values: list[float], name: str) -> None:
-        """Raise ValueError where the column p_chosen of the `name` data, with these values, cannot go with the loss."""
+        """Raise ValueError where the loss cannot take these values of the column p_chosen of the `name` data."""
         if self.label_noise == "weight":
             return
         self._refuse_number_beside_p_chosen()
@@ -232,7 +232,7 @@ class DPOConfig(TrainingArguments):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Name -> default of every option."""
+        """Every option's name and default."""
         made = {f.name: f.default_factory for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         return {f.name: made[f.name]() if f.name in made else f.default for f in dataclasses.fields(cls)}
 
@@ -241,7 +241,7 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name, fine[0])
             if value not in fine and getattr(value, "value", value) not in fine:
                 raise ValueError(f"dpo_fast cannot honour {name}={value!r}: {why}. Remove it.")
-        # TRL's default is true; the columns that the layout needs are kept and the others left out either way.
+        # TRL's default is true. Either way the columns that the layout needs are kept and the others are left out.
         self.remove_unused_columns = False
         if self.share not in SHARE_MODES:
             raise ValueError(f"share={self.share!r} is not one of {', '.join(SHARE_MODES)}")

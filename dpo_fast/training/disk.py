@@ -1,4 +1,4 @@
-"""Full disks: looked for before a write, recognised where a write fails, and told with how much is needed."""
+"""Full disks: they are looked for before a write and recognised where one fails; the error says how much is needed."""
 
 import contextlib
 import errno
@@ -7,20 +7,20 @@ import shutil
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What torch and safetensors say where a write failed; their errors have no number.
+# The words of torch and safetensors for a failed write; their errors have no errno.
 _FULL_WORDS = ("No space left", "Disk quota", "file write failed", "failed writing file", "iostream error")
 
 
 def is_full(error: Exception) -> bool:
-    """Whether `error` is that of a write that found no room."""
+    """Whether `error` comes from a write that found no room."""
     return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
 
 
 @contextlib.contextmanager
 def room_for(folder: str | os.PathLike, needed: int, what: str, kept: str):
-    """Raise OSError, before and instead of what failed inside, where `folder`'s disk has not the `needed` bytes.
+    """Raise OSError where the disk of `folder` lacks the `needed` bytes, before the writes inside or in place of their error.
 
-    what: of what, such as "checkpoint-4"; kept: what is still there, for the message.
+    For the message, `what` names the thing that is written, such as "checkpoint-4", and `kept` says what is still there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,13 +35,13 @@ def room_for(folder: str | os.PathLike, needed: int, what: str, kept: str):
 
 
 def full_disk(folder: Path, needed: int, what: str, kept: str) -> str:
-    """The message: how much is needed, how much is left, and what is still there."""
+    """The error message: how much is needed, how much is left, and what is still there."""
     free = shutil.disk_usage(folder).free
     return f"the disk is full: {what} needs about {size(needed)} and {folder} has {size(free)} left. {kept}"
 
 
 def size(count: int) -> str:
-    """Bytes as people read them."""
+    """A number of bytes in a unit that people can read."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,15 +1,15 @@
-"""Switching dropout off: modules that are one, and probabilities that a model's code hands to `F.dropout`."""
+"""Switching dropout off: in dropout modules, and in the probabilities that a model's code passes to `F.dropout`."""
 
 import torch
 
-# Parts of the names that transformers' models give to the probability of a random omission or change.
+# Parts of the names that transformers' models give to the probability of a random omission or change of activations.
 _NAMES = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob", "drop_rate", "jitter")
 
 
 def no_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability of `model` to 0: modules, their attributes, and the fields of the configs they hold.
+    """Set every dropout probability of `model` to 0: in modules, their attributes, and the fields of the configs they hold.
 
-    Equivalent where all dropout is a module: `for m in model.modules(): if isinstance(m, nn.Dropout): m.p = 0.0`. The
+    Equivalent where all dropout is in modules: `for m in model.modules(): if isinstance(m, nn.Dropout): m.p = 0.0`. The
     configs are changed in place, so give the model its own first (`forest.model.own_config`).
     """
     for module in model.modules():

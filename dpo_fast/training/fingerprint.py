@@ -1,7 +1,7 @@
-"""What a resumed run must have in common with the run that wrote its checkpoint, and the message where it has not.
+"""What a resumed run must have in common with the run that wrote its checkpoint, and the error where it does not.
 
 A checkpoint restores weights, optimizer and place in the data. Anything else that decides what is computed comes from
-the options of the resumed run; where it differs, two runs would be mixed and the result would be of neither.
+the options of the resumed run; where these differ, the result would belong to neither of the two runs.
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ import json
 
 from .ref_cache import _example_key, weights_fingerprint
 
-# Options of a config that decide what is computed, beside the loss's.
+# Options of a config that decide what is computed, beside those of the loss.
 _OPTIONS = (
     "ld_alpha", "use_weighting", "router_aux_loss_coef", "disable_dropout", "max_length", "bf16", "fp16", "seed",
     "data_seed", "train_sampling_strategy", "dataloader_drop_last", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",
     "max_grad_norm", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip
-# Schedules that do not depend on how many steps there will be.
+# Schedules that do not depend on the number of steps.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
-# What the optimizer's own file holds too; its values there are replaced where the change is allowed.
+# Options that the optimizer's own file holds too; the values there are replaced where the change is allowed.
 OPTIMIZER = {
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -31,7 +31,7 @@ _FIXED = {
 
 
 def fingerprint(trainer) -> dict:
-    """Name -> JSON value of everything that must agree; the names are those of options where there is one."""
+    """Name -> JSON value of everything that must agree; the names are those of options where an option exists."""
     args, setup = trainer.args, trainer.setup
     found = {
         "model": weights_fingerprint(trainer.model, skip=_random_at_start),
@@ -55,13 +55,13 @@ def fingerprint(trainer) -> dict:
 
 
 def changes(written: dict, now: dict) -> dict[str, tuple]:
-    """Name -> (then, now) of what differs."""
+    """Name -> (then, now) of every entry that differs."""
     names = sorted(written.keys() | now.keys())
     return {n: (written.get(n), now.get(n)) for n in names if written.get(n) != now.get(n)}
 
 
 def compare(written: dict, now: dict, allowed, folder) -> set[str]:
-    """The names of what differs, all of which are in `allowed`; else raises ValueError, naming them."""
+    """The names of what differs. Raises ValueError that names them where `allowed` does not hold all of them."""
     found = changes(written, now)
     allowed = set(allowed or ())
     if unknown := allowed - written.keys() - now.keys():
@@ -85,7 +85,7 @@ def _say(then, now) -> str:
 
 
 def _random_at_start(name: str) -> bool:
-    """Whether a weight starts at random in a model that PEFT wraps: LoRA's first factor, while its second is zero."""
+    """Whether a weight of a PEFT model starts at random: LoRA's first factor does, while its second is zero."""
     return "lora_A" in name or "lora_embedding_A" in name
 
 
@@ -114,7 +114,7 @@ def _plain(value):
 
 
 def _data_digest(data) -> str:
-    """32 hex digits of the pairs in their order, with the reference's log-probs where the user gave them."""
+    """32 hex digits that name the pairs in their order, and the reference's log-probs where the user gave them."""
     digest = hashlib.blake2b(digest_size=16)
     for example in data.examples:
         digest.update(_example_key(example))

@@ -1,4 +1,4 @@
-"""Names that are handed on to other libraries: one that means nothing there is an error before any work is spent."""
+"""Names that are passed on to other libraries: a name that means nothing there is an error before any work is spent."""
 
 import re
 
@@ -7,7 +7,7 @@ from transformers import get_scheduler
 
 
 def check_schedule(args) -> None:
-    """Build the learning rate schedule once, over a parameter of its own. Raises ValueError for arguments that do not fit."""
+    """Build the learning rate schedule once, for a parameter of its own. Raises ValueError for arguments that do not fit."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     kwargs = dict(args.lr_scheduler_kwargs or {})
     try:
@@ -18,7 +18,7 @@ def check_schedule(args) -> None:
 
 
 def check_lora_targets(model: torch.nn.Module, peft_config) -> None:
-    """Every name in `target_modules` must be a module's: PEFT is content with one of them. Raises ValueError."""
+    """Raise ValueError unless every name in `target_modules` is a module's; PEFT asks that of one name only."""
     targets = getattr(peft_config, "target_modules", None)
     names = [name for name, _ in model.named_modules()]
     if isinstance(targets, str) and targets != "all-linear":

@@ -1,6 +1,6 @@
-"""`RunLife`: what happens to a run beside its steps: checkpoints and resume, signals, saving, steps that are not finite.
+"""`RunLife`: everything about a run beside its steps: checkpoints and resume, signals, saving, steps that are not finite.
 
-It is the lower half of `DPOTrainer`; what a batch and a loss are is in trainer.py.
+`BatchLoss` (batch_loss.py) and `DPOTrainer` (trainer.py) build on it; they know batches and losses.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class RunLife(Trainer):
     _tag_names = TAGS
 
     def _begin_life(self) -> None:
-        """Callbacks and state; once the model is set up and before work is spent on it."""
+        """Set up callbacks and state, once the model is set up and before work is spent on it."""
         self.throughput = Throughput()
         self.termination = Termination()
         self.add_callback(self.termination)
@@ -49,9 +49,9 @@ class RunLife(Trainer):
         write_below(self)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
-        self._fingerprint: dict | None = None  # of the start, taken before the first step
-        self._run = ""  # the name of the run, that of the resumed one
-        self._changed: set[str] = set()  # what `resume_changed` allowed and did change
+        self._fingerprint: dict | None = None  # of the model and options at the start, taken before the first step
+        self._run = ""  # the name of the run; a resumed run keeps its name
+        self._changed: set[str] = set()  # the names that `resume_changed` allowed and that did change
         resume = self.args.resume_from_checkpoint
         if resume and Path(resume, checkpoint.MARKER).exists():
             self._agree(resume)
@@ -59,17 +59,17 @@ class RunLife(Trainer):
     # Resume.
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written whole.
+        """Train as `Trainer.train` does; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
 
-        Raises ValueError for a checkpoint of another run or a damaged one, for another run that writes into the same
-        folder, and for a loss or gradient that is not finite; SystemExit(143) once SIGTERM has stopped the run and its
-        checkpoint is written.
+        Raises ValueError for a checkpoint that is damaged or of another run, while another run writes into the same
+        folder, and for a loss or gradient that is not finite. Raises SystemExit(143) once SIGTERM has stopped the run
+        and its checkpoint is written.
         """
         if self.train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset")
         if self.is_world_process_zero():
             hold(self.args.output_dir)
-        resume = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
+        resume = checkpoint.find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if resume and self.is_world_process_zero():
             checkpoint.check_contents(resume)
         self._agree(resume)
@@ -87,7 +87,7 @@ class RunLife(Trainer):
         return output
 
     def _agree(self, resume: str | None) -> None:
-        """Take or give the run's name and fingerprint. Raises ValueError where `resume` is of another run."""
+        """Set the run's name and fingerprint, from `resume` if given. Raises ValueError where that is of another run."""
         args = self.args
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self)
@@ -120,7 +120,7 @@ class RunLife(Trainer):
             raise ValueError(f"the weights in {resume_from_checkpoint} do not fit the model: {error}") from error
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """The saved state, under the options of this run where `resume_changed` allowed another value."""
+        """Load the saved state; where `resume_changed` allowed another value, this run's options replace the saved ones."""
         if checkpoint is None:
             return
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -143,7 +143,7 @@ class RunLife(Trainer):
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log shows
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """transformers' batches of a step; none where a resumed run has reached its last step already."""
+        """The batches of a step, as transformers takes them; none where a resumed run has already reached its last step."""
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             return [], None
@@ -152,7 +152,7 @@ class RunLife(Trainer):
     # Saving.
 
     def create_optimizer(self, model=None):
-        """transformers' optimizer; bf16 and fp16 weights get fp32 masters, or a learning rate of 1e-6 is lost."""
+        """transformers' optimizer, with fp32 masters for bf16 and fp16 weights, which would lose a learning rate of 1e-6."""
         low = any(p.dtype in HALF for p in self.model.parameters() if p.requires_grad)
         if low and self.optimizer is None and not self.is_deepspeed_enabled:
             chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -192,7 +192,7 @@ class RunLife(Trainer):
                 checkpoint.rotate(run_dir, limit, self.state.best_model_checkpoint, self._run)
 
     def _room(self, folder, optimizer: bool = False):
-        """Room on the disk for the model, and its optimizer's state."""
+        """A context that raises OSError where the disk has no room for the model (and, if `optimizer`, its state)."""
         if not self.args.should_save:
             return contextlib.nullcontext()
         with_state = optimizer and not self.args.save_only_model and self.optimizer is not None
@@ -200,9 +200,9 @@ class RunLife(Trainer):
         return room_for(folder, needed, Path(folder).name if optimizer else "the model", self._kept())
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """As `Trainer.save_model`, with a model card; the files in `output_dir` change once all new ones are written.
+        """Save as `Trainer.save_model` does, with a model card; files in `output_dir` change once all new ones are written.
 
-        Raises ValueError, and writes nothing, where a weight is not finite; OSError where the disk is full.
+        Raises ValueError and writes nothing where a weight is not finite. Raises OSError where the disk is full.
         """
         if not weights_are_finite(self.model.parameters(), self.accelerator):
             raise ValueError(
@@ -222,7 +222,7 @@ class RunLife(Trainer):
             write_arguments(self.args, pending)
 
     def create_model_card(self, *, model_name=None, tags=None, dataset=None, **kwargs):
-        """Write `README.md` into `output_dir`; `push_to_hub` calls it with its keyword arguments."""
+        """Write `README.md` into `args.output_dir`; `push_to_hub` calls this with its keyword arguments."""
         if self.is_world_process_zero():
             self._write_card(self.args.output_dir, model_name=model_name, tags=tags, dataset=dataset)
 
@@ -230,7 +230,7 @@ class RunLife(Trainer):
         Path(folder, "README.md").write_text(model_card(self, **facts))
 
     def _kept(self) -> str:
-        """What is safe on the disk, as a sentence without its period."""
+        """A sentence, without its period, on the last checkpoint that is safe on the disk."""
         whole = checkpoint.complete_checkpoints(self.args.output_dir)
         if not whole:
             return "No checkpoint was written"
@@ -239,10 +239,10 @@ class RunLife(Trainer):
     # Steps that are not finite.
 
     def check_finite(self, logs: dict) -> None:
-        """Raises ValueError for a loss or gradient norm in a log that is not finite, unless such steps are left out."""
+        """Raise ValueError for a loss or gradient norm in a log that is not finite, unless such steps are left out."""
         if self.args.on_nan == "skip":
             return
-        # fp16's loss scaling overflows now and then, and leaves these steps out itself.
+        # fp16's loss scaling overflows now and then and leaves these steps out itself.
         norm = None if self.args.fp16 else logs.get("grad_norm")
         if math.isfinite(logs["loss"]) and (norm is None or math.isfinite(norm)):
             self.watch.clear()

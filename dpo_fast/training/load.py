@@ -1,4 +1,4 @@
-"""From a name to a model or a tokenizer: a folder or hub name, of a model or of trained adapters. One line for each failure."""
+"""Loading a model or tokenizer by name: a folder or hub name, of a model or of trained adapters. Each failure is one line."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ _NETWORK_SECONDS = 5  # huggingface_hub itself tries for 24 s per file
 
 
 def load_config(name: str, args: DPOConfig):
-    """The model's config. Raises ValueError for a name that is not there and for a file that is none."""
+    """The model's config. Raises ValueError for a name that does not exist and for a file that is no config."""
     check_name(name, args)
     options = {"revision": _revision(args), "trust_remote_code": args.trust_remote_code}
     with _one_line(name):
@@ -39,8 +39,8 @@ def empty_model(name: str, args: DPOConfig) -> torch.nn.Module:
 def load_model(model, args: DPOConfig, shared: bool = False) -> torch.nn.Module:
     """The model itself, or the one of that name: float32 unless `model_init_kwargs` says otherwise, safetensors only.
 
-    A folder of adapters is loaded on its base model, as a PeftModel whose adapters train on. shared: the model will run
-    dpo_fast's attention, so that one which is asked for by name need not be installed.
+    A folder of adapters is loaded on its base model, as a PeftModel whose adapters can be trained further. `shared` says
+    that the model will run dpo_fast's attention, so an implementation that is asked for by name need not be installed.
     """
     if not isinstance(model, str):
         if args.model_init_kwargs:
@@ -71,7 +71,7 @@ def load_model(model, args: DPOConfig, shared: bool = False) -> torch.nn.Module:
 
 
 def load_tokenizer(name: str, args: DPOConfig):
-    """The tokenizer of a model's folder or hub name; None where there is none. Of adapters, the base model's where they have none."""
+    """The tokenizer of a folder or hub name, or None. Adapters without a tokenizer have that of their base model."""
     check_name(name, args)
     options = {"revision": _revision(args), "trust_remote_code": args.trust_remote_code}
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -161,7 +161,7 @@ def _revision(args: DPOConfig) -> str:
 
 
 def _auto_class(config) -> type:
-    """Where a family's causal LM is a part of its vision-language model, the latter: its own class, on text alone."""
+    """The class to load with: vision-language models that have no causal LM class are trained whole, on text alone."""
     if (
         config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -172,7 +172,7 @@ def _auto_class(config) -> type:
 
 @contextlib.contextmanager
 def _one_line(name: str, what: str = "model"):
-    """What the libraries raise while they read files of `name`, as a ValueError that says which."""
+    """Turn what the libraries raise while they read files of `name` into a ValueError that says which file."""
     try:
         yield
     except SafetensorError as error:
@@ -203,7 +203,7 @@ def _files(what: str) -> str:
 
 
 def _damaged(name: str) -> str:
-    """The damaged files of a folder, named."""
+    """The names of a folder's damaged files, in parentheses."""
     from safetensors import safe_open
 
     bad = []

@@ -1,7 +1,8 @@
-"""Training metrics: sums on the device, one crossing to the host a log step, true means over pairs and tokens.
+"""Training metrics: sums stay on the device, cross to the host once per log, and give true means over pairs and tokens.
 
-`pair_table` turns one forward pass into a row of sums a pair; `Sums` adds rows up over micro-batches and ranks; `means`
-divides. The names are TRL's. A ratio of sums cannot depend on how pairs were split over batches, parts and ranks.
+`pair_table` turns one forward pass into one row of sums per pair, the trainer adds the rows up over micro-batches and
+ranks, and `means` divides. The names are TRL's. A ratio of sums cannot depend on how pairs were split over batches, parts
+and ranks.
 """
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ..forest.packing import PrefixForest
 from ..losses import PreferenceOutput
 
-# Columns of the table, each a sum; the rows of a table are pairs.
+# The columns of a table are sums, its rows are pairs.
 COLUMNS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "logps/chosen_delta", "aux_loss", "logits/chosen", "logits/rejected", "mean_token_accuracy",
@@ -24,7 +25,7 @@ _DIVISOR = {
     "entropy": ("chosen_tokens", "rejected_tokens"),
 }
 
-# Statistics that the head must return for the table.
+# The statistics that the head must return for the table.
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
@@ -36,7 +37,7 @@ def pair_table(
     chosen_delta: torch.Tensor,
     aux_loss: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[B, len(COLUMNS)] float64 sums, a row a pair; token statistics are summed along each completion."""
+    """Float64 sums [B, len(COLUMNS)], one row per pair; statistics of tokens are summed along each completion."""
     pairs = len(result.losses)
     paths = {name: forest.gather_paths(statistics[name].double()).sum(1).view(2, pairs) for name in STATISTICS}
     lengths = forest.lengths.view(2, pairs)
@@ -62,7 +63,7 @@ def pair_table(
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:
-    """Names and true means of a column-wise sum [len(COLUMNS)] of tables; crosses to the host once."""
+    """Names and true means from the column sums [len(COLUMNS)] of tables, which cross to the host once."""
     values = dict(zip(COLUMNS, sums.tolist(), strict=True))
     result = {}
     for name, divisor in _DIVISOR.items():

@@ -1,4 +1,4 @@
-"""The README.md that is saved with a model: what it was trained from, on what and how, with the last metrics."""
+"""The README.md that is saved with a model: its base model, data, options and last metrics."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def model_card(trainer, *, model_name: str | None = None, tags=(), dataset=None)
         [*TAGS, *(getattr(model, "model_tags", None) or ()), *([tags] if isinstance(tags, str) else tags or ())]
     )
     head = {"library_name": "peft" if adapters else "transformers", "pipeline_tag": "text-generation"}
-    # A hub name only: a folder of this machine means nothing elsewhere.
+    # Only a hub name is given: a folder of this machine means nothing elsewhere.
     if base and not Path(base).exists():
         head["base_model"] = base
     lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "tags:", *(f"- {tag}" for tag in found)]
@@ -43,7 +43,7 @@ def model_card(trainer, *, model_name: str | None = None, tags=(), dataset=None)
 
 
 def _last_metrics(history: list[dict]) -> dict[str, float]:
-    """The last of each metric, evaluation's and training's."""
+    """The last value of each metric, of evaluation and of training."""
     wanted = [*(f"eval_{name}" for name in _METRICS), *_METRICS]
     last = {name: value for row in history for name, value in row.items() if name in wanted}
     return {name: last[name] for name in wanted if name in last}

@@ -1,9 +1,9 @@
 """fp32 master weights for models whose trainable weights are bf16 or fp16.
 
 bf16 keeps 8 significant bits: neighbouring numbers near w are |w| / 256 to |w| / 128 apart, and a step of less than
-half of that rounds to nothing. At a learning rate of 1e-6 that is every weight above about 5e-4, so a plain bf16 run
-trains almost nothing (Micikevicius et al., arXiv 1710.03740, section 3.1, for fp16). `MasterWeights` keeps the sum of
-the updates in fp32 and gives the model its rounding.
+half of that rounds to nothing. At a learning rate of 1e-6 this holds for every weight above about 5e-4, so a plain bf16
+run trains almost nothing (Micikevicius et al., arXiv 1710.03740, section 3.1, say so of fp16). `MasterWeights` keeps the
+sum of the updates in fp32 and rounds it into the model.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ class MasterWeights(torch.optim.Optimizer):
     `param_groups`, `state` and `defaults` are those of `self.inner`, the optimizer of the given class; `param_groups`
     hold the model's parameters (for zero_grad and clipping), `state` is keyed by the masters.
 
-    Memory: 4 bytes a bf16 or fp16 parameter for the master, the inner optimizer's state in fp32 (AdamW: 8 bytes), and
-    during `step()` 4 bytes for the gradient.
+    Memory: a bf16 or fp16 parameter takes 4 bytes for the master, the inner optimizer's state in fp32 (AdamW: 8 bytes),
+    and 4 bytes for the gradient during `step()`.
 
     A parameter's master is made at the first step that sees a gradient for it, or by `load_state_dict`, on the device
     where the parameter is then: move the model before, not after (RuntimeError). A master only adds low-order bits:
-    where a weight was written by someone else since (a checkpoint loaded, an average taken), the weight wins. Writes
+    where other code has written a weight since (a checkpoint was loaded, an average taken), the weight wins. Writes
     through `.data` after the first step cannot be seen and are lost.
 
-    Refused with ValueError: optimizer classes that make their state before the first step (torch's Adagrad), since it
-    would have the dtype of the model. A closure is evaluated once a step: LBFGS raises TypeError.
+    Optimizer classes that make their state before the first step (torch's Adagrad) raise ValueError, since that state
+    would have the dtype of the model. A closure is evaluated once per step, so LBFGS raises TypeError.
     """
 
     def __init__(self, param_groups, optimizer_class: type[torch.optim.Optimizer], **kwargs):
@@ -49,7 +49,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, self.inner.defaults
 
     def add_param_group(self, param_group: dict) -> None:
-        # The base class adds its groups through this method before `inner` is there.
+        # The base class calls this method for its own groups before `inner` exists.
         (self.inner if hasattr(self, "inner") else super()).add_param_group(param_group)
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Resumes to the bit from `state_dict()`, before or after the model's weights are loaded.
+        """Load a `state_dict()`, before or after the model's weights are loaded; training resumes to the same bits.
 
         Raises ValueError for the state of an optimizer without masters, of other sizes or of another dtype.
         """
@@ -113,7 +113,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _on_masters(self, stepped=()):
-        """Puts the masters in the place of the parameters of the inner optimizer, those of `stepped` with gradients."""
+        """Replace the inner optimizer's parameters by their masters inside; those of `stepped` get fp32 gradients."""
         params = [group["params"] for group in self.param_groups]
         try:
             masters = [self._fresh_master(p) for p in stepped]
@@ -125,7 +125,7 @@ class MasterWeights(torch.optim.Optimizer):
                 group["params"] = [self._masters.get(p, p) for p in group["params"]]
             yield
         finally:
-            # load_state_dict replaces the inner optimizer's list of groups
+            # load_state_dict replaces the inner optimizer's list of groups.
             for group, group_params in zip(self.inner.param_groups, params, strict=True):
                 group["params"] = group_params
             for p in stepped:
@@ -147,6 +147,6 @@ class MasterWeights(torch.optim.Optimizer):
 
 
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """`target.copy_(source)` of each pair, in as few launches as torch makes of many tensors on a GPU."""
+    """`target.copy_(source)` of each pair, in the few launches that torch needs for many tensors on a GPU."""
     if targets:
         torch._foreach_copy_(targets, sources)

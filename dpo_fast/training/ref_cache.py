@@ -2,15 +2,15 @@
 
 A value is addressed by what it depends on: the token ids of the pair, the weights and config of the reference, the
 precision, the version of the code, and whatever else the caller names. Nothing is addressed by position, so values can
-be neither stale nor misordered (open-instruct#1182, trl#2423). A model fed more than token ids (images) needs those
-in `extra`; they are not part of an example's address.
+be neither stale nor misordered (open-instruct#1182, trl#2423). A model that reads more than token ids (images) needs
+those in `extra`; they are not part of an example's address.
 
-One file a combination, `ref-<hash>.bin`, of 36-byte little-endian records, only ever appended to; `ref-<hash>.json`
-beside it says in words what the file is for and is never read back:
+There is one file per combination, `ref-<hash>.bin`, of 36-byte little-endian records, which is only ever appended to.
+`ref-<hash>.json` beside it says in words what the file is for and is never read back:
 
     blake2b of the token ids, 16 bytes | log p(chosen), log p(rejected) in nats, 2 x float64 | crc32 of these, uint32
 
-A writer that is killed leaves an incomplete or wrong last record; both read as missing. `flock` orders concurrent
+A writer that is killed leaves an incomplete or wrong last record; both count as missing. `flock` orders concurrent
 writers, so the folder must be on a file system that has it (local disks, NFSv4, Lustre mounted with `flock`).
 """
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _BODY = struct.Struct("<16s2d")
 _RECORD_SIZE = _BODY.size + 4
 _FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# Config entries that differ between runs of one model and leave its log-probs alone, at any depth. Each tensor's own
+# Config entries, at any depth, that differ between runs of one model and do not change its log-probs. Each tensor's own
 # dtype is hashed, and the caller's `precision` names the dtype of the computation.
 _VOLATILE = {
     *("transformers_version", "_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "use_cache"),
@@ -77,7 +77,7 @@ def weights_fingerprint(model: torch.nn.Module, *, skip: Callable[[str], bool] |
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         total.update(json.dumps(_without_volatile(config), sort_keys=True, default=str).encode())
     else:
-        # What such a module computes is in its code and in what it prints of itself.
+        # What such a module computes is determined by its code and its repr.
         total.update(f"{model!r}\n{_source(type(model))}".encode())
     return total.hexdigest()
 
@@ -86,7 +86,7 @@ def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):
-        # Written interactively: a new key for every process, so that nothing stale is ever read.
+        # The class was written interactively: every process gets a new key, so that nothing stale is ever read.
         return f"{kind.__module__}.{kind.__qualname__} in process {os.getpid()}"
 
 
@@ -102,7 +102,7 @@ def _without_volatile(value):
 
 
 def _example_key(example: Mapping) -> bytes:
-    """16 bytes that name the id sequences; each is preceded by its length, so no two examples look alike."""
+    """16 bytes that name the id sequences; each is hashed after its length, so that no two examples look alike."""
     digest = hashlib.blake2b(digest_size=16)
     for field in (*_FIELDS, "rejected_prompt_ids") if "rejected_prompt_ids" in example else _FIELDS:
         ids = np.asarray(example[field])
@@ -118,11 +118,11 @@ class RefCache:
     folder     directory of all caches, made if absent; a read-only one can be read
     weights    `weights_fingerprint(reference)`
     precision  dtype and mode of the computation, such as "bf16"
-    version    of the code that computes the values
+    version    version of the code that computes the values
     extra      JSON-able settings that change the values too; None and {} are the same
 
-    An example is a mapping with `prompt_ids`, `chosen_ids`, `rejected_ids`, and maybe `rejected_prompt_ids`: sequences of
-    int; other keys are not read.
+    An example is a mapping with `prompt_ids`, `chosen_ids`, `rejected_ids` and possibly `rejected_prompt_ids`, which are
+    sequences of int; other keys are not read.
     A value is (log p(chosen), log p(rejected)) as float64, in nats. The first value stored for an example stays.
     """
 
@@ -131,7 +131,7 @@ class RefCache:
         name = hashlib.blake2b(json.dumps(self.header, sort_keys=True).encode(), digest_size=12).hexdigest()
         self.path = Path(folder) / f"ref-{name}.bin"
         self._values: dict[bytes, tuple[float, float]] = {}
-        self._end = 0  # bytes of the file that _values covers, whole records
+        self._end = 0  # bytes of the file, in whole records, that _values covers
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             with open(self.path, "rb") as file:
@@ -152,9 +152,9 @@ class RefCache:
         return values.reshape(-1, 2), [i for i, value in enumerate(found) if value is None]
 
     def put_many(self, examples: Sequence[Mapping], values) -> None:
-        """Appends `values` (tensor, array or nested list, [n, 2]) and returns once they are on disk (fsync).
+        """Append `values` (tensor, array or nested list, [n, 2]) and return once they are on disk (fsync).
 
-        Examples stored before, by this process or another, are passed over. Raises ValueError, and stores nothing, if
+        Examples that this process or another has stored before are passed over. Raises ValueError and stores nothing if
         the shape is wrong or a value is not finite.
         """
         values = _as_values(values, len(examples))
@@ -179,10 +179,10 @@ class RefCache:
             self._write_sidecar()
 
     def _read_new(self, file) -> None:
-        """Takes over the whole records behind `_end`. Caller holds the lock."""
+        """Read the whole records past `_end`. The caller holds the lock."""
         size = file.seek(0, os.SEEK_END)
         end = size - size % _RECORD_SIZE
-        # A file shorter than before was deleted or replaced: read it from the start.
+        # A file shorter than before was deleted or replaced, so it is read from the start.
         start = self._end if self._end <= end else 0
         file.seek(start)
         data = file.read(end - start)
@@ -202,7 +202,7 @@ class RefCache:
     def _write_sidecar(self) -> None:
         sidecar = self.path.with_suffix(".json")
         if not sidecar.exists():
-            about = f"{self.path.name}: reference log-probs of a DPO run (dpo_fast.ref_cache); safe to delete"
+            about = f"{self.path.name}: reference log-probs of a DPO run (dpo_fast.training.ref_cache); safe to delete"
             temporary = sidecar.with_suffix(".json.tmp")
             temporary.write_text(json.dumps({"about": about, **self.header}, indent=2) + "\n")
             temporary.replace(sidecar)
@@ -225,12 +225,12 @@ def compute_missing(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """The values of all examples, float64 [len(examples), 2], finite; computes and stores those the cache lacks.
+    """The finite values of all examples, float64 [len(examples), 2]; computes and stores those that the cache lacks.
 
     `compute(list of at most batch_size examples)` returns [n, 2] log-probs (chosen, rejected). The longest examples
     come first, so that running out of memory shows at once; an example that occurs twice is computed once. Each batch
-    is stored before the next one starts: an interrupted pass resumes there. `progress(done, total)` is called after
-    each batch with the number of examples computed and to compute in this call.
+    is stored before the next one starts, and an interrupted pass resumes there. `progress(done, total)` is called after
+    each batch with the number of examples that this call has computed and has to compute.
 
     Raises ValueError naming the example if a computed value is not finite (its batch is not stored).
     """

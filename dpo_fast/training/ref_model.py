@@ -1,4 +1,4 @@
-"""The reference's log-probs: from the cache on disk, from a second model, or from the base model under its adapters."""
+"""The reference's log-probs come from the cache on disk, a second model, or the base model under its adapters."""
 
 import contextlib
 import copy
@@ -54,7 +54,7 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def has_trained_adapters(model: torch.nn.Module) -> bool:
-    """Whether a PEFT model's adapters change what it computes: all but LoRA's second factors of zero beside equal copies."""
+    """Whether a PEFT model's adapters change what it computes. LoRA with a zero second factor and equal copies does not."""
     if not hasattr(model, "disable_adapter"):
         return False
     if any(getattr(config.peft_type, "value", None) != "LORA" for config in model.peft_config.values()):
@@ -71,7 +71,7 @@ def has_trained_adapters(model: torch.nn.Module) -> bool:
 
 
 def keep_start_adapters(model: torch.nn.Module) -> None:
-    """Keep a frozen copy of a PEFT model's adapters: with them, not without any, the model is its own reference."""
+    """Keep a frozen copy of a PEFT model's adapters: the model with these, not without adapters, is its own reference."""
     adapted = [n for n, p in model.named_parameters() if _is_adapter(n) or p.requires_grad]
     parameters = dict(model.named_parameters())
     base_model(model)._dpo_fast_start = {name: parameters[name].detach().clone() for name in adapted}
@@ -79,7 +79,7 @@ def keep_start_adapters(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _start_adapters(model):
-    """The kept copy in the place of the adapters, which come back afterwards; their gradients and graph stay whole."""
+    """Put the kept copy in the place of the adapters inside; they come back afterwards with gradients and graph intact."""
     start, parameters = base_model(model)._dpo_fast_start, dict(model.named_parameters())
     now = {name: parameters[name].data for name in start}
     try:
@@ -93,7 +93,7 @@ def _start_adapters(model):
 
 @contextlib.contextmanager
 def as_reference(model, adapters: bool):
-    """No gradients, no dropout, and the adapters off, or as they were at the start where they were trained by then."""
+    """Run the model as the reference: no gradients, no dropout, and adapters off or, where kept, as at the start."""
     inner = model if hasattr(model, "disable_adapter") else getattr(model, "module", model)
     before = contextlib.nullcontext()
     if adapters:
@@ -112,7 +112,7 @@ def default_cache_dir() -> Path:
 
 
 def precompute(trainer, model, examples, name: str) -> np.ndarray:
-    """float64 [len(examples), 2] log-probs under `model`, computed where the cache lacks them, on all ranks together."""
+    """Log-probs under `model`, float64 [len(examples), 2]; all ranks together compute those that the cache lacks."""
     args, accelerator = trainer.args, trainer.accelerator
     adapters = hasattr(model, "disable_adapter")
     with as_reference(model, adapters):
@@ -170,7 +170,7 @@ def precompute(trainer, model, examples, name: str) -> np.ndarray:
 
 
 class SyncRefModelCallback(TrainerCallback):
-    """Every `steps` steps: `ref = alpha * policy + (1 - alpha) * ref` (TR-DPO, arXiv 2404.09656)."""
+    """Move the reference every `steps` steps: `ref = alpha * policy + (1 - alpha) * ref` (TR-DPO, arXiv 2404.09656)."""
 
     def __init__(self, ref_model: torch.nn.Module, alpha: float, steps: int):
         self.ref_model, self.alpha, self.steps = ref_model, alpha, steps

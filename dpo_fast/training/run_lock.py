@@ -1,4 +1,4 @@
-"""One run per output folder: a lock that ends with its process, however that ends."""
+"""One run per output folder, kept by a lock that ends with its process, however that ends."""
 
 import fcntl
 import logging
@@ -8,13 +8,13 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 LOCK = ".run.lock"
-_held: dict[str, int] = {}  # resolved folder -> descriptor, open until the process ends
+_held: dict[str, int] = {}  # resolved folder -> file descriptor, open until the process ends
 
 
 def hold(folder: str | os.PathLike) -> None:
-    """Keep `folder` for this process, as often as it likes. Raises ValueError while another process has it.
+    """Lock `folder` for this process, which may call this again. Raises ValueError while another process has it.
 
-    `flock` is released by the kernel when the process is gone, killed or not. On a file system without it, a warning
+    The kernel releases the `flock` when the process is gone, killed or not. On a file system without `flock` a warning
     says so and nothing is locked.
     """
     folder = Path(folder)

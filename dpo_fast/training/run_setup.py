@@ -1,4 +1,4 @@
-"""What a run is made of: `plan_run` checks it before any weight is read, `set_up` loads, wraps and tokenises."""
+"""The parts of a run: `plan_run` checks them before any weight is read, `set_up` loads, wraps and tokenises."""
 
 import dataclasses
 import logging
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What is known of a run before any weight is read; `DPOTrainer` takes it in the place of a model."""
+    """The facts of a run that are known before any weight is read; `DPOTrainer` takes it in place of a model."""
 
     model: Any  # a name or folder, or the model itself
     ref_model: torch.nn.Module | None
     peft_config: Any
-    path: Plan  # how the trunk goes over a forest; running a few tokens may still change it
+    path: Plan  # how the trunk runs over a forest; the check of `prepare_model` may still change it
     vocab_size: int  # rows of the head
     reference: str  # see ref_model.py
 
 
 def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None) -> RunPlan:
-    """Check that model, reference and adapters can be trained so. A model that is a name is built without weights.
+    """Check that this model, reference and adapters can be trained together. A model given by name is built without weights.
 
     Raises ValueError for what cannot work together, and for a model that no path computes correctly.
     """
@@ -64,7 +64,7 @@ def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None) -> RunPla
 
 @dataclasses.dataclass
 class Setup:
-    """Everything that `DPOTrainer` needs to know of its run; see the fields."""
+    """Everything that `DPOTrainer` needs to know about its run; see the fields."""
 
     model: torch.nn.Module
     ref_model: torch.nn.Module | None
@@ -74,9 +74,9 @@ class Setup:
     train_dataset: PairDataset | None
     eval_dataset: PairDataset | dict[str, PairDataset] | None
     vocab_size: int
-    share: str  # what is shared, "none" where the model cannot
+    share: str  # what is shared; "none" where the model cannot share
     reference: str  # see ref_model.py
-    foreign_reference: bool  # the reference was passed in: it may differ from the policy at the start
+    foreign_reference: bool  # the reference was passed in, so it may differ from the policy at the start
     aux_coef: float
     loss_options: LossOptions
     flops: Callable[[float, float, float], float]
@@ -147,7 +147,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
 
 
 def note_attention(model, plan: Plan, args: DPOConfig) -> None:
-    """Say which attention runs; loudly where another was asked for."""
+    """Log which attention runs, as a warning where another was asked for."""
     if plan.path == "segments":
         return
     wanted = (args.model_init_kwargs or {}).get("attn_implementation")
@@ -159,7 +159,7 @@ def note_attention(model, plan: Plan, args: DPOConfig) -> None:
 
 
 def aux_coefficient(model, args: DPOConfig) -> float:
-    """Weight of the load-balancing loss, 0 for a model without a router."""
+    """The weight of the load-balancing loss, 0 for a model without a router."""
     if not has_aux_loss(model):
         if args.router_aux_loss_coef:
             raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: the model has no auxiliary loss")
@@ -175,9 +175,9 @@ def is_sharded(args: DPOConfig) -> bool:
 
 
 def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[float, float, float], float]:
-    """`flops(rows, live, grad)`: 2 a weight and row forward, 2 for its input's gradient, 2 more where it is trained.
+    """A function `flops(rows, live, grad)`: per weight and row, 2 forward, 2 for the input's gradient, 2 more where trained.
 
-    Of `live` rows in the head, `grad` take part in the backward pass.
+    `rows` go through the trunk and `live` rows through the head, of which `grad` take part in the backward pass.
     """
 
     def cost(parameters) -> int:

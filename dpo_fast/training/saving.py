@@ -1,4 +1,4 @@
-"""A model on disk is whole or as it was: new files take the place of the old ones only once all of them are written."""
+"""A model on disk is never half new: new files replace the old ones only once all of them are written."""
 
 import contextlib
 import os
@@ -15,14 +15,14 @@ _PENDING = ".saving"
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Bytes of what `save_model` writes: the adapters' where the model has any, else all weights, tied ones once."""
+    """The bytes that `save_model` writes: the adapters' where the model has any, else all weights, tied ones once."""
     adapters = hasattr(model, "disable_adapter")
     weights = {id(p): p for p in model.parameters() if p.requires_grad or not adapters}
     return sum(p.numel() * p.element_size() for p in weights.values())
 
 
 def optimizer_bytes(optimizer) -> int:
-    """Bytes of the optimizer's state."""
+    """The bytes of the optimizer's state."""
     inner = getattr(optimizer, "optimizer", optimizer)
     masters = getattr(inner, "_masters", {}).values()
     states = [t for state in inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
@@ -31,9 +31,9 @@ def optimizer_bytes(optimizer) -> int:
 
 @contextlib.contextmanager
 def replacing(folder: str | os.PathLike):
-    """Yields a folder to write into; its files then take the place of those in `folder`, and nothing does on an error.
+    """Yield a folder to write into; afterwards its files replace those in `folder`, unless an error occurred.
 
-    Weights of the model that lay there before and are not among the new files (shards of another number) are deleted.
+    Old files of weights that are not among the new ones (shards of another number) are deleted.
     """
     folder = Path(folder)
     pending = folder / _PENDING
@@ -57,7 +57,7 @@ def replacing(folder: str | os.PathLike):
 
 @contextlib.contextmanager
 def quiet_unless_terminal():
-    """transformers' bars over shards of weights are for people who look at a terminal."""
+    """Switch off transformers' progress bars inside, unless a terminal shows them."""
     shown = transformers_logging.is_progress_bar_enabled()
     if shown and not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -69,5 +69,5 @@ def quiet_unless_terminal():
 
 
 def write_arguments(args, folder: Path) -> None:
-    """`training_args.json` beside transformers' pickle, for people; tokens are left out, and neither is ever read."""
+    """Write `training_args.json` beside transformers' pickle, for people; tokens are left out, and neither file is ever read."""
     Path(folder, "training_args.json").write_text(args.to_json_string() + "\n")

@@ -1,4 +1,4 @@
-"""What a run shows: one readable line per log and bars on a terminal. Trackers and the log history get everything."""
+"""The output of a run: one readable line per log, and bars on a terminal. Trackers and the log history get everything."""
 
 from transformers import PrinterCallback, ProgressCallback
 
@@ -29,7 +29,7 @@ def log_line(logs: dict, step: int, steps: int) -> str | None:
 
 
 class LinePrinter(PrinterCallback):
-    """Without bars: one line per log on stdout."""
+    """Print one line per log on stdout, without bars."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = log_line(logs, state.global_step, state.max_steps)
@@ -38,7 +38,7 @@ class LinePrinter(PrinterCallback):
 
 
 class LineProgress(ProgressCallback):
-    """With bars: one line per log above the bar, and a bar for evaluation before training too."""
+    """Print one line per log above the bar; an evaluation before training has a bar too."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = log_line(logs, state.global_step, state.max_steps)
@@ -54,7 +54,7 @@ class LineProgress(ProgressCallback):
 
 
 def use_lines(trainer) -> None:
-    """Put these in the place of transformers' callbacks; a notebook's table and a user's own stay."""
+    """Replace transformers' callbacks by these; a notebook's table and a user's own callbacks stay."""
     for theirs, ours in ((PrinterCallback, LinePrinter), (ProgressCallback, LineProgress)):
         if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
             trainer.remove_callback(theirs)

@@ -1,5 +1,5 @@
-"""Checks before a run spends its time: the weights are numbers, the rows fit the positions, sharing changes nothing, and
-the policy starts at the reference."""
+"""Checks before a run spends its time: the weights are finite, the rows fit the model's positions, sharing changes no
+log-prob, and the policy starts at the reference."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def check_finite(model: torch.nn.Module) -> None:
     """Raise ValueError that names the first parameter or buffer of `model` that holds NaN or an infinite number."""
     for name, tensor in model.named_parameters():
-        # A sum first: it reads without writing. It may overflow where no number is infinite.
+        # The sum comes first since it reads without writing; it may overflow although every number is finite.
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.detach().sum().isfinite():
             bad = int((~tensor.detach().isfinite()).sum())
             if bad:
@@ -28,7 +28,7 @@ def check_finite(model: torch.nn.Module) -> None:
 
 
 def check_positions(model: torch.nn.Module, data: dict[str, PairDataset]) -> None:
-    """Raise ValueError for rows with more tokens than the model has positions: learned ones, or rotary without scaling."""
+    """Raise ValueError for rows with more tokens than the model has positions (learned, or rotary without scaling)."""
     if getattr(model, "config", None) is None or not hasattr(model.config, "get_text_config"):
         return
     config = model.config.get_text_config()
@@ -59,8 +59,9 @@ def _learns_positions(model) -> bool:
 def verify_start(model: torch.nn.Module, plan: Plan, data: PairDataset, share: str, deterministic: bool) -> None:
     """Check the model as the run will use it, on rows of the run: log-probs against its own forward, and no dropout.
 
-    A shared model sees a slice of the first pair; a padded one the longest row of the data beside the shortest, whole.
-    deterministic: two passes in training mode must give the same numbers. Raises ValueError where a check fails.
+    A shared model sees a slice of the first pair; a padded one sees the longest pair of the data beside the shortest, both
+    whole. With `deterministic`, two passes in training mode must give the same numbers. Raises ValueError where a check
+    fails.
     """
     examples = data.examples
     if plan.path == "padded":
@@ -75,9 +76,9 @@ def verify_start(model: torch.nn.Module, plan: Plan, data: PairDataset, share: s
 
 
 def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: str) -> float:
-    """Largest difference of a token's log-prob in nats: `rows` in one forest against the model's own forward of each sequence.
+    """Compare log-probs of `rows` in one forest with the model's own forward of each sequence.
 
-    Raises ValueError where the two disagree.
+    Returns the largest difference of a token's log-prob in nats. Raises ValueError where it is more than rounding.
     """
     model = base_model(model)
     parameter = next(model.parameters())
@@ -85,7 +86,7 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: 
     sequences = [(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids") for e in rows]
     differences = [torch.zeros(1, dtype=torch.float64, device=parameter.device)]
     with evaluating(model), torch.autocast(parameter.device.type, enabled=False):
-        # Any back end: a model that FSDP will move is still on the CPU.
+        # Any back end will do: a model that FSDP will move is still on the CPU.
         ours = forest.gather_paths(model(forest=forest, backend=None)["token_logps"]).double()
         for s, (prompt, completion) in enumerate(sequences):
             ids = torch.tensor([[*prompt, *completion]], device=parameter.device)
@@ -113,10 +114,10 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: 
 
 
 def verify_training_mode(model: torch.nn.Module, rows: list[dict], share: str, deterministic: bool = True) -> float:
-    """Largest difference in nats between two passes in training mode without gradients, which must be rounding at most.
+    """Compare two passes in training mode without gradients, which may differ by rounding only.
 
-    Raises ValueError where a model draws random numbers although dropout is off (`deterministic`), and what the model
-    itself raises in training mode.
+    Returns the largest difference in nats. Raises ValueError where a model draws random numbers although dropout is off
+    (`deterministic`), and whatever the model itself raises in training mode.
     """
     bare = base_model(model)
     parameter = next(bare.parameters())
@@ -145,7 +146,8 @@ def verify_training_mode(model: torch.nn.Module, rows: list[dict], share: str, d
 def check_start(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, low_precision: bool) -> bool:
     """Whether policy and reference agree before the first step: `|beta * margin| < 2e-4`, i.e. loss ln 2 within 1e-4.
 
-    In half precision the sums of log-probs are rounded differently in every batch: 0.1 there. Says so when they differ.
+    In half precision the limit is 0.1, since sums of log-probs are rounded differently in every batch. A warning says so
+    when they differ.
     """
     margin = (chosen_rewards - rejected_rewards).abs().max().item()
     if margin < (0.1 if low_precision else 2e-4):

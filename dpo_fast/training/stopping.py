@@ -12,14 +12,14 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 TERMINATED = 128 + signal.SIGTERM  # the exit status that shells and schedulers know
 _SKIPS_IN_A_ROW = 10
-_SHOWN = 8  # pairs named in a message
+_SHOWN = 8  # pairs that a message names at most
 
 
 class Termination(TrainerCallback):
     """While `listening`, SIGTERM lets the current step end, writes a checkpoint and stops; a second one kills at once.
 
-    Ranks must agree on the step. Each contributes `vote` to a sum that is reduced at the start of a step anyway
-    (`count`), and all of them read the sum of the step before, which the device has long passed.
+    Ranks must stop at the same step. Each contributes `vote` to a sum that is reduced at the start of a step anyway
+    (`count`), and all of them read the sum of the step before, which the device has finished long ago.
     """
 
     def __init__(self):
@@ -29,16 +29,16 @@ class Termination(TrainerCallback):
 
     @property
     def vote(self) -> float:
-        """1 once a signal came to this process, else 0."""
+        """1 once this process has received a signal, else 0."""
         return float(self.requested)
 
     def count(self, votes: torch.Tensor) -> None:
-        """Takes the sum of all ranks' votes of the step that begins; a scalar on the device."""
+        """Take the sum of all ranks' votes of the step that begins, a scalar on the device."""
         self._counted.append(votes)
 
     @contextlib.contextmanager
     def listening(self):
-        """Only the main thread can have signal handlers; elsewhere SIGTERM does what it did."""
+        """Handle SIGTERM inside. Only the main thread can have signal handlers; in others SIGTERM does what it did."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -63,7 +63,7 @@ class Termination(TrainerCallback):
             self.stopped = True
             control.should_save = control.should_training_stop = True
         if (last or self.stopped) and args.logging_strategy == "steps":
-            control.should_log = True  # the steps since the last log would be lost
+            control.should_log = True  # or the metrics of the steps since the last log would be lost
 
 
 class FiniteWatch:
@@ -74,17 +74,17 @@ class FiniteWatch:
         self._seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def add(self, step: int, index: torch.Tensor, losses: torch.Tensor) -> None:
-        """The pairs of one forward pass: their places in the training data [B] and their losses [B]."""
+        """Keep the pairs of one forward pass: their places in the training data [B] and their losses [B]."""
         self._seen.append((step, index, losses.detach()))
 
     def clear(self) -> None:
-        """Forget what was seen: it was finite."""
+        """Forget the losses seen so far, which were finite."""
         self._seen.clear()
 
     def bad_step(self) -> tuple[int, list[int], bool] | None:
-        """(step, pairs, whether these are all of the step's pairs) of the first step with a loss that is not finite.
+        """The first step with a loss that is not finite: (step, its bad pairs, whether these are all of its pairs).
 
-        Reads every rank's losses, so all ranks must call it; None where all losses are finite.
+        Returns None where all losses are finite. It reads every rank's losses, so all ranks must call it.
         """
         rows = [(step, index.tolist(), losses.isfinite().tolist()) for step, index, losses in self._seen]
         if self.accelerator.num_processes > 1:
@@ -100,7 +100,7 @@ class FiniteWatch:
         return first, bad, len(bad) == len(seen)
 
     def describe(self, step: int, gradient: float | None) -> str:
-        """A sentence on what is not finite: the pairs of the first bad step, or else the gradient of `step`."""
+        """A sentence that names what is not finite: the pairs of the first bad step, or else the gradient of `step`."""
         found = self.bad_step()
         if found is None:
             return f"step {step}: the gradient's norm is {gradient}, while the loss of every pair is finite"
@@ -146,12 +146,12 @@ class SkipNonFinite(TrainerCallback):
 
 
 def gradients_are_finite(parameters, accelerator) -> bool:
-    """Whether all gradients are, on all ranks; waits for the device."""
+    """Whether all gradients are finite, on all ranks; waits for the device."""
     return _finite((p.grad for p in parameters if p.grad is not None), accelerator)
 
 
 def weights_are_finite(parameters, accelerator) -> bool:
-    """Whether all weights are, on all ranks; waits for the device."""
+    """Whether all weights are finite, on all ranks; waits for the device."""
     return _finite(parameters, accelerator)
 
 

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens and pairs a second, the share of tokens that were not computed, and use of the GPU."""
+"""The speed of a run: tokens and pairs per second, the share of tokens that were not computed, and use of the GPU."""
 
 import contextlib
 import time
@@ -8,13 +8,13 @@ import torch
 
 
 class Throughput:
-    """Counts between two logs; time spent in evaluation and saving does not count."""
+    """Counts and time between two logs, without the time spent in evaluation and saving."""
 
     def __init__(self):
-        self._counts: torch.Tensor | list[float] = [0.0] * 7  # as `add` gets them
-        self._tokens: torch.Tensor | float = 0.0  # not yet taken by `take_tokens`
-        self._totals: torch.Tensor | list[float] = [0.0] * 7  # as _counts, of the whole run
-        self._seconds = 0.0  # of the whole run, up to the last report
+        self._counts: torch.Tensor | list[float] = [0.0] * 7  # since the last report, in the order of `add`
+        self._tokens: torch.Tensor | float = 0.0  # tokens that `take_tokens` has not taken yet
+        self._totals: torch.Tensor | list[float] = [0.0] * 7  # the same counts for the whole run
+        self._seconds = 0.0  # time of the whole run, up to the last report
         self._pause = 0.0
         self.restart()
 
@@ -23,15 +23,15 @@ class Throughput:
         self._since, self._pause = time.perf_counter(), 0.0
 
     def add(self, counts) -> None:
-        """Over all ranks: pairs, chosen tokens, tokens (packed: unshared, unpadded), rows, live rows, those with a
-        gradient, and tokens of the same batches padded to their longest sequence."""
+        """Add counts over all ranks: pairs, chosen tokens, tokens (packed: unshared, unpadded), rows, live items, live items
+        with a gradient, and tokens of the same batches padded to their longest sequence."""
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
         self._totals = [a + b for a, b in zip(self._totals, counts, strict=True)]
         self._tokens = self._tokens + counts[2]
 
     @contextlib.contextmanager
     def paused(self):
-        """Leave the time spent inside out."""
+        """Do not count the time spent inside."""
         start = time.perf_counter()
         try:
             yield
@@ -57,9 +57,9 @@ class Throughput:
         return {"seconds": seconds, "pairs_per_second": pairs / seconds, **saved}
 
     def report(self, flops: Callable[[float, float, float], float], accelerator) -> dict[str, float]:
-        """`perf/...` since the last report; `flops(rows, *live rows)` gives the operations of a forward and backward.
+        """`perf/...` since the last report; `flops(rows, live, grad)` gives the operations of a forward and backward pass.
 
-        `perf/tokens_saved` is a share of packed tokens, `perf/tokens_saved_of_padded` one of padded tokens.
+        `perf/tokens_saved` is a share of packed tokens, `perf/tokens_saved_of_padded` a share of padded tokens.
         """
         seconds = self._elapsed()
         self._seconds += seconds
@@ -80,12 +80,12 @@ class Throughput:
         return result
 
 
-# Dense bf16 tensor-core peak in FLOP/s by the vendors' data sheets, without sparsity.
+# Dense bf16 tensor-core peak in FLOP/s from the vendor's data sheets, without sparsity.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 rate of a CUDA device, None for a device that is not in the table (an H100 PCIe has less: 756e12)."""
+    """The peak bf16 rate of a CUDA device, or None for one that is not in the table (an H100 PCIe has less: 756e12)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

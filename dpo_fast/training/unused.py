@@ -1,6 +1,7 @@
 """Options that change no number here: they are accepted, set back to their defaults and named in one warning.
 
-TRL's users have them in their files. What would change what is computed is refused instead (config.py, cli/options.py).
+TRL's users have them in their files. Options that would change what is computed are refused instead (config.py,
+cli/options.py).
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from ..loss_table import LOSSES
 from ..losses import LossOptions
 
-# name -> the values that ask for nothing
+# name -> the values that ask for nothing, and so need no warning
 UNUSED: dict[str, tuple] = {
     # Nothing is padded, and the tokenizer runs in threads.
     "pad_token": (None,),

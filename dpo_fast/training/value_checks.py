@@ -1,14 +1,14 @@
-"""Values of options that a run would accept and then waste: each is an error before any file is read."""
+"""Values of options that would waste a run: each is an error before any file is read."""
 
 import math
 
 from .metrics import COLUMNS
 
-# Besides the columns of the metrics' table, what an evaluation reports (transformers' own rates, the tokens so far).
+# The metrics of an evaluation: columns of the metrics' table, the tokens so far, and transformers' own rates.
 _EVALUATED = (
     *COLUMNS[: COLUMNS.index("pairs")], "num_tokens", "runtime", "samples_per_second", "steps_per_second",
 )  # fmt: skip
-# name -> (smallest value, whether that value itself is one)
+# name -> (lower bound, whether the bound itself is allowed)
 _BOUNDS = {
     "learning_rate": (0, False),
     "weight_decay": (0, True),
@@ -25,7 +25,7 @@ _BOUNDS = {
 
 
 def check_numbers(args) -> None:
-    """Numbers out of range. Raises ValueError that names the option and what it takes.
+    """Raise ValueError for a number out of range, naming the option and its range.
 
     Call it before transformers looks at the values: it divides by some of them.
     """
@@ -53,7 +53,7 @@ def check_numbers(args) -> None:
 
 
 def check_evaluation(args) -> None:
-    """Options that choose a best model need evaluations, and a metric that these report. Raises ValueError."""
+    """Raise ValueError unless options that choose a best model come with evaluations and a metric that these report."""
     evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no"
     best = getattr(args.save_strategy, "value", args.save_strategy) == "best"
     for name, given in (("load_best_model_at_end", args.load_best_model_at_end), ("save_strategy=best", best)):
@@ -63,7 +63,7 @@ def check_evaluation(args) -> None:
     if metric is None:
         return
     name = metric.removeprefix("eval_")
-    # Of several evaluation sets, each metric carries its set's name in front.
+    # With several evaluation sets, each metric's name begins with its set's.
     if not any(name == known or name.endswith(f"_{known}") for known in _EVALUATED):
         near = [known for known in _EVALUATED if name[:7] in known]  # accuracy, accuracies
         raise ValueError(
@@ -73,7 +73,7 @@ def check_evaluation(args) -> None:
 
 
 def check_on_nan(args) -> None:
-    """Whether the steps that are not finite can be left out as `on_nan` says. Raises ValueError."""
+    """Raise ValueError where steps that are not finite cannot be treated as `on_nan` says."""
     if args.on_nan not in ("stop", "skip"):
         raise ValueError(f"on_nan is {args.on_nan!r}: give stop or skip")
     if args.on_nan == "skip" and args.fp16:

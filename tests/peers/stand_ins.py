@@ -87,7 +87,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def write(folder: Path) -> None:
-    """All of them below `folder`."""
+    """Write all stand-ins below `folder`."""
     ids = tokenizer()
     special = {"vocab_size": len(ids), "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 2}
     for name, (kind, changes) in MODELS.items():
