@@ -25,7 +25,7 @@ def drops_rows(x: Tensor) -> bool:
     return not x.is_cuda
 
 
-def _scored_rows(hidden: Tensor, targets: Tensor, ignore_index: int | None):
+def scored_rows(hidden: Tensor, targets: Tensor, ignore_index: int | None):
     """Hidden states and targets to compute with; their row numbers [n] where some dropped out, else the mask [N] where needed.
 
     A row that stays although its target is ignored gets the first word as target and zeros as hidden states, since its
@@ -43,7 +43,7 @@ def _scored_rows(hidden: Tensor, targets: Tensor, ignore_index: int | None):
     return hidden[rows], targets[rows], rows, None
 
 
-def _in_place(x: Tensor, rows: Tensor | None, scored: Tensor | None, n: int) -> Tensor:
+def in_place(x: Tensor, rows: Tensor | None, scored: Tensor | None, n: int) -> Tensor:
     """[..., n'] of the computed rows -> [..., n], with 0 for rows without a scored token."""
     if rows is not None:
         return x.new_zeros(*x.shape[:-1], n).index_copy_(-1, rows, x)
@@ -76,11 +76,11 @@ def linear_token_logps(
     check_targets(targets, weight.shape[0], ignore_index, debug)
     layer, n = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend), hidden.shape[0]
     residual, dh = _kept(hidden, weight, keep, workspace_bytes)
-    hidden, targets, *where = _scored_rows(hidden, targets, ignore_index)
+    hidden, targets, *where = scored_rows(hidden, targets, ignore_index)
     live = hidden.shape[0]
     kept = residual[:live] if keep == "residual" else residual
     logps, stats = score(layer, hidden, targets, split_names(outputs), kept, dh[:live] if keep == "dh" else None)
-    return _in_place(logps, *where, n), _in_place(stats, *where, n), residual, dh
+    return in_place(logps, *where, n), in_place(stats, *where, n), residual, dh
 
 
 def _kept(hidden: Tensor, weight: Tensor, keep: str, workspace_bytes: int) -> tuple[Tensor, Tensor]:
@@ -121,13 +121,13 @@ def linear_token_logps_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias where `needs` says so."""
     n = hidden.shape[0]
-    hidden, targets, rows, scored = _scored_rows(hidden, targets, ignore_index)
+    hidden, targets, rows, scored = scored_rows(hidden, targets, ignore_index)
     if scored is not None:
         grad = grad.masked_fill(~scored, 0)
     coef = (grad if rows is None else grad[rows])[:, None]
     if len(dh):
         found = torch.mul(dh[: len(coef)], coef, out=torch.empty_like(dh[: len(coef)]))
-        return _whole_rows(found, rows, n), hidden.new_empty(0), hidden.new_empty(0)
+        return whole_rows(found, rows, n), hidden.new_empty(0), hidden.new_empty(0)
     residual = residual[: len(coef)]
     layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
@@ -137,10 +137,10 @@ def linear_token_logps_backward(
     sums = GradientSums(weight if needs[1] else None, bias if needs[2] else None, several, peak)
     # The graph may be kept for another backward pass, and `residual` with it.
     gradients(layer, hidden, targets, coef, residual, out, sums, spend=False)
-    return hidden.new_empty(0) if out is None else _whole_rows(out, rows, n), *sums.results(hidden)
+    return hidden.new_empty(0) if out is None else whole_rows(out, rows, n), *sums.results(hidden)
 
 
-def _whole_rows(dh: Tensor, rows: Tensor | None, n: int) -> Tensor:
+def whole_rows(dh: Tensor, rows: Tensor | None, n: int) -> Tensor:
     """[n', D] gradients of the computed rows -> [n, D], with zeros for the others."""
     return dh if rows is None else dh.new_zeros(n, dh.shape[1]).index_copy_(0, rows, dh)
 
@@ -220,7 +220,7 @@ def linear_dpo_loss(
         check_label_smoothing(label_smoothing, options)
     layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
     given = targets
-    hidden, targets, rows, scored = _scored_rows(hidden, targets, ignore_index)
+    hidden, targets, rows, scored = scored_rows(hidden, targets, ignore_index)
     if rows is None:
         targets = given
     else:
@@ -248,8 +248,8 @@ def linear_dpo_loss(
         losses, logps, coef = batch.losses(token_logps, 0, batch.count)
         if dh is not None:
             dh.mul_(coef)
-    dh = hidden.new_empty(0) if dh is None else _whole_rows(dh, rows, n)
-    return losses.mean(), losses, logps, _in_place(stats, rows, scored, n), dh, *sums.results(hidden)
+    dh = hidden.new_empty(0) if dh is None else whole_rows(dh, rows, n)
+    return losses.mean(), losses, logps, in_place(stats, rows, scored, n), dh, *sums.results(hidden)
 
 
 @linear_dpo_loss.register_fake

@@ -1,6 +1,7 @@
 """The public ops on hidden states and an output layer: signatures, checks, and which library op (head.py) runs."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..losses import LossOptions, PreferenceOutput, require
@@ -16,6 +17,7 @@ from .pair_inputs import (
 )
 from .tiles import WORKSPACE_BYTES
 from .torch_library import unstacked
+from .vocab_parallel import local_head, vocab_parallel_token_logps
 
 
 def linear_token_logps(
@@ -31,6 +33,8 @@ def linear_token_logps(
     outputs: tuple[str, ...] = (),
     grad_rows: int | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    process_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -45,10 +49,16 @@ def linear_token_logps(
     the logits of the rows past it are computed again. Only the first `grad_rows` of the N (or S * T) rows (default: all)
     take part in the backward pass. Under autocast the head runs in autocast's type, as `nn.Linear` does. A frozen head
     may be a DTensor.
+
+    With `process_group` the vocabulary is cut over its ranks, as `torch.chunk(weight, p)` cuts it: `weight` and `bias` are
+    this rank's rows [V / p, D] and [V / p], hidden and targets (words of the whole vocabulary) are the same on every rank,
+    and so are the log-probs and the gradient of hidden. `vocab_size` is V where p does not divide it. A DTensor weight
+    that is sharded on its rows over a mesh called "tp" needs neither.
+
     Raises ValueError for shapes that do not fit, an unknown output, a target outside [0, V), or `grad_rows` outside
     [0, N].
     """
-    hidden, weight, bias = _local(hidden, weight, bias)
+    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group, vocab_size)
     arguments.check_head(hidden, weight, bias)
     arguments.check_targets_like(targets, hidden, "hidden")
     arguments.check_transform(logit_scale, softcap, temperature, outputs)
@@ -63,6 +73,10 @@ def linear_token_logps(
     limits = workspace_bytes, backend or "", debug
 
     def score(hidden, targets, keep):
+        if shard is not None:
+            transform = {"scale": settings[0], "softcap": softcap, "temperature": settings[2]}
+            head = hidden, weight, targets, bias, shard, transform
+            return vocab_parallel_token_logps(*head, ignore_index, tuple(outputs), *limits)
         return library.linear_token_logps(hidden, weight, targets, bias, *settings, keep, *limits)[:2]
 
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -91,6 +105,8 @@ def linear_sequence_logps(
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
     workspace_bytes: int = WORKSPACE_BYTES,
+    process_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -112,6 +128,8 @@ def linear_sequence_logps(
         temperature=temperature,
         outputs=outputs,
         workspace_bytes=workspace_bytes,
+        process_group=process_group,
+        vocab_size=vocab_size,
         backend=backend,
         debug=debug,
     )
@@ -145,6 +163,8 @@ def linear_dpo_loss(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     workspace_bytes: int = WORKSPACE_BYTES,
+    process_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     backend: str | None = None,
     debug: bool = False,
     **options,
@@ -160,6 +180,8 @@ def linear_dpo_loss(
             wait for the device.
         ref_hidden, ref_weight, ref_bias: the reference's hidden states [..., D'], of the same rows as hidden, and its
             head, instead of `ref_logps`; they get no gradient.
+        process_group, vocab_size: as in `linear_token_logps`, with the heads of policy and reference cut alike. Backward
+            is that of `linear_token_logps` then.
         logit_scale, softcap, temperature, outputs: as in `token_logps`. With `outputs` the function returns a tuple: the
             `PreferenceOutput` and a dict of statistics per token in the shape of targets.
 
@@ -169,7 +191,7 @@ def linear_dpo_loss(
 
     Raises ValueError for shapes, types, devices and options that do not fit.
     """
-    hidden, weight, bias = _local(hidden, weight, bias)
+    hidden, weight, bias, shard = local_head(hidden, weight, bias, process_group, vocab_size)
     arguments.check_head(hidden, weight, bias)
     arguments.check_targets_like(targets, hidden, "hidden")
     count = arguments.check_sequences(hidden, "hidden", cu_seqlens, pairs=True)
@@ -178,6 +200,7 @@ def linear_dpo_loss(
     batch, transform = (targets, cu_seqlens, ignore_index), (float(logit_scale), softcap, float(temperature))
     limits = {"workspace_bytes": workspace_bytes, "backend": backend, "debug": debug}
     common = dict(zip(("logit_scale", "softcap", "temperature"), transform, strict=True)) | limits
+    cut = {} if shard is None else {"process_group": shard.group, "vocab_size": shard.words}
 
     inputs = pair_inputs(
         hidden,
@@ -199,14 +222,14 @@ def linear_dpo_loss(
         )
         with torch.no_grad():
             found = linear_token_logps(
-                ref_hidden, ref_weight, targets, bias=ref_bias, ignore_index=ignore_index, **common
+                ref_hidden, ref_weight, targets, bias=ref_bias, ignore_index=ignore_index, **common, **cut
             )
             inputs = with_reference(inputs, found, debug)
     hidden, weight = _head_types(hidden, weight)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    if inputs.options.over_batch or not any(needs) or hidden.dtype == torch.float16:
+    if shard is not None or inputs.options.over_batch or not any(needs) or hidden.dtype == torch.float16:
         found = linear_token_logps(
-            hidden, weight, targets, bias=bias, ignore_index=ignore_index, outputs=outputs, **common
+            hidden, weight, targets, bias=bias, ignore_index=ignore_index, outputs=outputs, **common, **cut
         )
         logps, stats = found if outputs else (found, None)
         out = output_of_token_logps(inputs, logps, debug)
@@ -225,11 +248,6 @@ def linear_dpo_loss(
     )
     out = output_with_gradients(inputs, found, list(leaves), list(gradients), backend or "")
     return (out, _unstacked(stats, outputs, targets)) if outputs else out
-
-
-def _local(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    names = {"hidden": hidden, "weight": weight, "bias": bias}
-    return tuple(arguments.local(name, x) for name, x in names.items())
 
 
 def _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias) -> None:
