@@ -1,15 +1,20 @@
-"""Ranks of a head that is cut along the vocabulary, against the whole head in float64: `torchrun run_vocab_parallel.py`."""
+"""Ranks of a head that is cut along the vocabulary, against the whole head in float64: `torchrun run_vocab_parallel.py [MODEL]`."""
 
 import datetime
 import itertools
+import sys
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers import AutoModelForCausalLM
 
 from dpo_fast import linear_dpo_loss, linear_sequence_logps, linear_token_logps
+from dpo_fast.forest.model import prepare_model
+from dpo_fast.forest.packing import PrefixForest
 from dpo_fast.train import leave
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -148,6 +153,29 @@ def refusals(rank: int, ranks: int) -> None:
         linear_token_logps(*own, targets.clamp(min=64), process_group=dist.group.WORLD)
 
 
+def tensor_parallel_model(folder: str) -> None:
+    """A model that transformers cut over the ranks (`tp_plan="auto"`): log-probs and gradients of a forest of pairs."""
+    rows = tiny.pairs(6)
+    forest = PrefixForest.build(
+        [row["prompt_ids"] for row in rows] * 2, [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+    )
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **kw) for kw in ({}, {"tp_plan": "auto"})
+    ]
+    assert isinstance(models[1].lm_head.weight, DTensor)
+    found = []
+    for model in models:
+        prepare_model(model)
+        logps = model(forest=forest)["token_logps"]
+        (logps * torch.linspace(-1, 1, len(logps), dtype=torch.float64)).sum().backward()
+        found.append(logps.detach())
+    close(found[1], found[0], "tensor parallel: log-probs")
+    for (name, one), (_, cut) in zip(*(model.named_parameters() for model in models), strict=True):
+        close(
+            cut.grad.full_tensor() if isinstance(cut.grad, DTensor) else cut.grad, one.grad, f"tensor parallel: {name}"
+        )
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -155,5 +183,7 @@ if __name__ == "__main__":
     losses(rank, ranks)
     distributed_tensors(ranks)
     refusals(rank, ranks)
+    if len(sys.argv) > 1:
+        tensor_parallel_model(sys.argv[1])
     dist.barrier()
     leave(0)
