@@ -25,13 +25,13 @@ from .torch_library import once_differentiable
 class VocabShard(NamedTuple):
     """Which words this rank holds: `start` to `start + rows of its weight`, of `words` in all; `most` on any rank."""
 
-    group: dist.ProcessGroup
+    group: "dist.ProcessGroup"
     words: int
     start: int
     most: int
 
 
-def shard_of(weight: Tensor, group: dist.ProcessGroup, vocab_size: int | None = None) -> VocabShard:
+def shard_of(weight: Tensor, group: "dist.ProcessGroup", vocab_size: int | None = None) -> VocabShard:
     """Rank r of p holds the r-th of p equal parts, or what `torch.chunk` gives it of `vocab_size` rows."""
     ranks, rank, rows = dist.get_world_size(group), dist.get_rank(group), len(weight)
     words = rows * ranks if vocab_size is None else vocab_size
@@ -50,7 +50,7 @@ def shard_of(weight: Tensor, group: dist.ProcessGroup, vocab_size: int | None = 
 
 
 def local_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, vocab_size: int | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: "dist.ProcessGroup | None", vocab_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
     """Plain tensors, and this rank's words where the weight is cut along the vocabulary.
 
