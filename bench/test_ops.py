@@ -1,8 +1,9 @@
 """Every op in every system, side by side: `pytest --benchmark`.
 
-Each result is compared with float64 before it is timed, in as many rounds as fit five seconds, at least two and at most
-twenty. One table per op: the number in brackets is how many times longer than the fastest row. On a CPU in float32, on a CUDA device in bf16 (the times then include the launch of the work; for
-the kernels alone see bench/gpu.py). Half of the rows are prompt.
+Each result is compared with float64 before it is timed, in as many rounds as fit five seconds: at least five where a round
+takes less than one second, at least two, at most twenty; StdDev is their spread. One table per op: the number in brackets
+is how many times longer than the fastest row. On a CPU in float32, on a CUDA device in bf16 (the times then include the
+launch of the work; for the kernels alone see bench/gpu.py). Half of the rows are prompt.
 """
 
 import functools
