@@ -6,6 +6,7 @@ run_setup.py. Everything else (schedules, logging, evaluation, launchers, shardi
 """
 
 import contextlib
+import copy
 import dataclasses
 
 import torch
@@ -74,6 +75,8 @@ class DPOTrainer(RunLife):
         if quantization_config is not None:
             raise ValueError("quantization_config is not supported: use peft_config with bfloat16 weights instead")
         args = args or DPOConfig()
+        if args.gradient_checkpointing is None:
+            args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
         run = model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config)
         self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
         self.share = self.setup.share
@@ -165,7 +168,7 @@ class DPOTrainer(RunLife):
             holds the metrics' sums per pair (metrics.py), the others are `PreferenceOutput`'s fields [B]. An override hands
             on the outputs of `super().compute_loss(model, inputs, True, num_items_in_batch)`, or what it made of them.
         """
-        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        parts = [part.on(self.args.device) for part in inputs["parts"]]
         totals = num_items_in_batch or Totals.of(parts)
         found = [self._part_loss(model, part, totals.mean_chosen_length) for part in parts]
         loss = sum(loss for loss, _ in found) / sum(part.pairs for part in parts)
@@ -247,7 +250,7 @@ class DPOTrainer(RunLife):
         found = []
         with as_reference(model, adapters), self.accelerator.autocast():
             for part in inputs["parts"]:
-                forest = part.forest.to(self.args.device)
+                forest = part.on(self.args.device).forest
                 found.append(forest.sum_paths(model(forest=forest)["token_logps"], self.args.ld_alpha))
         chosen, rejected = torch.cat(found, dim=1)
         return chosen, rejected
@@ -279,7 +282,7 @@ class DPOTrainer(RunLife):
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers
-        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        parts = [part.on(self.args.device) for part in inputs["parts"]]
         totals = num_items_in_batch or Totals.of(parts)
         # Gradients are averaged over ranks, and the mean is over the pairs of all of them.
         scale = self.accelerator.num_processes / totals.pairs
@@ -328,7 +331,7 @@ class DPOTrainer(RunLife):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One evaluation batch: keeps the pairs' metrics for `evaluation_loop`; returns (mean loss, None, None)."""
-        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        parts = [part.on(self.args.device) for part in inputs["parts"]]
         total = torch.zeros((), device=self.args.device)
         for part, counts, _ in self._passes(parts):
             with torch.no_grad(), self.compute_loss_context_manager():
