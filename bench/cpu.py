@@ -1,6 +1,6 @@
 """The losses on a CPU beside plain torch, torch.compile, the peers and the bare matrix products, in turns.
 
-    python -m bench.cpu                    # float32 and bfloat16; about ten minutes on two cores
+    python -m bench.cpu                    # float32 and bfloat16; at most --minutes (8)
     python -m bench.cpu --dtype bfloat16 --repeats 9
 
 As in bench.gpu, every system is compared with float64 first and then timed by one call per turn; medians are reported.
@@ -34,13 +34,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="of all types together; the rest is left out after that"
+    )
     args = parser.parse_args()
     for name in args.dtype:
         dtype = getattr(torch, name)
         top = ceilings(Clock("cpu", from_idle=False), "cpu", dtype, dry=False, scale=16)
         path = ROOT / "bench/results" / f"ops_cpu_{name}.jsonl"
         path.unlink(missing_ok=True)
-        results = Results(path, "cpu", 3600)
+        results = Results(path, "cpu", 60 * args.minutes / len(args.dtype))
         results.clock = Clock("cpu", from_idle=False)
         head = results.add(**conditions("cpu", "bench.cpu"), dtype=name, ceilings=top)
         bench = Bench(results, dtype, args.repeats, top, rows_per_sequence=128)

@@ -1,9 +1,9 @@
 """Every op in every system, side by side: `pytest --benchmark`.
 
-Each result is compared with float64 and then timed, in as many rounds as fit five seconds, at least two and at most twenty.
-There is one table per op, in which the number in brackets is the ratio to the fastest row. A CPU computes in float32, a CUDA
-device in bf16 (the times then include the launch of the work; bench/gpu.py times the kernels alone). Half of the rows are
-prompt.
+Each result is compared with float64 before it is timed, in as many rounds as fit five seconds: at least five where a round
+takes less than one second, at least two, at most twenty; StdDev is their spread. There is one table per op, in which the
+number in brackets is the ratio to the fastest row. A CPU computes in float32, a CUDA device in bf16 (the times then include
+the launch of the work; bench/gpu.py times the kernels alone). Half of the rows are prompt.
 """
 
 import functools

@@ -9,8 +9,8 @@ Tasks (on a CPU in float32 and, with --dtype bfloat16, in bf16 compute; on a CUD
                 per step in the given order
 
 A row is (system, seconds per step, pairs per second, ratio to TRL's defaults). Systems take turns, one step each, `repeats`
-times, after one step to warm up; the median is reported. The precomputation of the reference is timed too and stated beside
-the steps (a run pays for it once per pair). One JSON file with everything goes to bench/results/.
+times or until the next turn would pass `--minutes` (at least once), after a step of one pair to warm up; the median is
+reported. The precomputation of the reference is timed too and stated beside the steps (a run pays for it once per pair). One JSON file with everything goes to bench/results/.
 """
 
 import argparse
@@ -112,13 +112,11 @@ def systems(device: str, task: str) -> dict:
     tuned = {"gradient_checkpointing": device == "cpu" and task == "oasst", "precompute_ref_log_probs": True}
     if device == "cuda":
         tuned["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}
-    fast = {"gradient_checkpointing": False}
-    if device == "cuda":
-        fast["model_init_kwargs"] = {"dtype": "bfloat16"}
+    ours = {"model_init_kwargs": {"dtype": "bfloat16"}} if device == "cuda" else {}
     return {
-        "dpo_fast": (dpo_fast_trainer, fast),
-        "dpo_fast, defaults": (dpo_fast_trainer, {}),
-        "dpo_fast, unshared": (dpo_fast_trainer, {**fast, "share": "none"}),
+        "dpo_fast": (dpo_fast_trainer, ours),  # its defaults
+        "dpo_fast, unshared": (dpo_fast_trainer, {**ours, "share": "none"}),
+        "dpo_fast, checkpointing": (dpo_fast_trainer, {**ours, "gradient_checkpointing": True}),
         "TRL, defaults": (trl_trainer, {}),
         "TRL, tuned": (trl_trainer, tuned),
     }
@@ -136,10 +134,17 @@ class Stepper:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.current_gradient_accumulation_steps = 1
 
-    def step(self) -> torch.Tensor:
-        """Take the next step without waiting for the device; returns its loss."""
-        trainer, batch = self.trainer, self.trainer.batches[self.next % len(self.trainer.batches)]
-        self.next += 1
+    def warm_up(self) -> None:
+        """A step of one pair."""
+        data = self.trainer.train_dataset
+        self.step(self.trainer.data_collator([data[0]]))
+
+    def step(self, batch=None) -> torch.Tensor:
+        """The next step, without a wait for the device, or that of `batch`; its loss."""
+        trainer = self.trainer
+        if batch is None:
+            batch = trainer.batches[self.next % len(trainer.batches)]
+            self.next += 1
         loss = trainer.training_step(trainer.model, trainer._prepare_inputs(batch))
         trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
@@ -160,10 +165,10 @@ class Stepper:
             torch.cuda.synchronize()
 
 
-def measure(task: str, args, device: str, folder: Path) -> list[dict]:
+def measure(task: str, args, device: str, folder: Path, end: float) -> list[dict]:
     batch = {"synthetic": 2, "oasst": 4}[task]
     model, rows = synthetic(folder) if task == "synthetic" else real_pairs(args.model, args.data)
-    rows = rows[: batch * (args.repeats + 1)]
+    rows = rows[: batch * args.repeats]
     steppers, failed, start = {}, {}, {}
     for name, (make, changes) in systems(device, task).items():
         if args.systems and name not in args.systems:
@@ -173,16 +178,20 @@ def measure(task: str, args, device: str, folder: Path) -> list[dict]:
             steppers[name], start[name] = Stepper(trainer, device), trainer.reference_seconds
         except ImportError as error:
             failed[name] = f"{error} (pip install trl==1.16.0)"
+            continue
+        steppers[name].warm_up()
     times = {name: [] for name in steppers}
     losses = {name: [] for name in steppers}
-    for turn in range(args.repeats + 1):
+    for turn in range(args.repeats):
+        began = time.monotonic()
         for name, step in steppers.items():
             seconds, loss = step()
             losses[name].append(loss)
-            if turn:  # the first step warms up
-                times[name].append(seconds)
-            print(f"  {task} turn {turn} {name}: {seconds:.2f} s, loss {loss:.5f}", file=sys.stderr)
+            times[name].append(seconds)
+            print(f"  {task} turn {turn + 1} {name}: {seconds:.2f} s, loss {loss:.5f}", file=sys.stderr)
         gc.collect()
+        if time.monotonic() + (time.monotonic() - began) > end:
+            break
     base = statistics.median(times.get("TRL, defaults") or [float("nan")])
     out = [{"task": task, "system": name, "skipped": why} for name, why in failed.items()]
     for name, seconds in times.items():
@@ -191,7 +200,7 @@ def measure(task: str, args, device: str, folder: Path) -> list[dict]:
             {
                 "task": task, "system": name, "batch": batch, "seconds_per_step": median, "all_seconds": seconds,
                 "pairs_per_second": batch / median, "times_trl_defaults": base / median, "losses": losses[name],
-                "set_up_seconds": start[name],
+                "set_up_seconds": start[name], "checkpointing": steppers[name].trainer.args.gradient_checkpointing,
             }
         )  # fmt: skip
     return out
@@ -201,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", default=["synthetic", "oasst"], choices=["synthetic", "oasst"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=7, help="no turn is begun that would end later")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--systems", nargs="+", help="only these")
     parser.add_argument("--model", default=str(ROOT.parent / "smollm2"))
@@ -208,13 +218,13 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    rows = []
+    rows, end = [], time.monotonic() + 60 * args.minutes
     for task in args.task:
         if task == "oasst" and not (Path(args.model).exists() and Path(args.data).exists()):
             rows.append({"task": task, "skipped": f"{args.model} or {args.data} is not there"})
             continue
         with tempfile.TemporaryDirectory() as folder:
-            rows += measure(task, args, device, Path(folder))
+            rows += measure(task, args, device, Path(folder), end)
     result = {**conditions(device, "bench.train"), "dtype": args.dtype, "rows": rows}
     path = ROOT / "bench/results" / f"train_{device}_{args.dtype}_{'_'.join(args.task)}.json"
     path.parent.mkdir(exist_ok=True)

@@ -28,6 +28,7 @@ TORCH_LIBRARY(dpo_fast_csrc, m) {
       "float beta, float label_smoothing, float tau, float gamma, int ignore_index, Tensor(a!) out, int blocks_per_sm) "
       "-> (Tensor losses, Tensor logps)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
+  m.def("new_empty(Tensor like, int[] size) -> Tensor");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

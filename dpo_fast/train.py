@@ -207,6 +207,7 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     trainer = DPOTrainer(
         plan, args=args, train_dataset=data["train"], eval_dataset=data.get("eval"), processing_class=tokenizer
     )
+    say(trainer.setup.checkpointing)
     if script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]

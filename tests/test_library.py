@@ -266,7 +266,7 @@ def test_triton_on_a_cpu_only_in_the_interpreter(monkeypatch):
 
 def test_the_fastest_that_is_there(monkeypatch):
     def there(name):
-        return lambda device: backends.Backend(name, *[None] * 5)
+        return lambda device: backends.Backend(name, *[None] * len(backends.LAUNCHERS))
 
     def missing(device):
         raise backends._MissingError("no")

@@ -163,7 +163,7 @@ def test_refused_options_are_named_together():
 NOT_USED = {
     "pad_token": "x", "pad_to_multiple_of": 8, "dataset_num_proc": 2, "length_column_name": "n",
     "remove_unused_columns": True, "label_names": ["x"], "auto_find_batch_size": True, "activation_offloading": True,
-    "torch_empty_cache_steps": 5, "use_cache": True, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
+    "torch_empty_cache_steps": 5, "use_cache": True,
     "torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default", "bf16_full_eval": True,
     "fp16_full_eval": True, "eval_accumulation_steps": 2, "eval_do_concat_batches": False,
     "eval_use_gather_object": True, "batch_eval_metrics": True, "include_for_metrics": ["inputs"], "do_predict": True,
@@ -218,6 +218,8 @@ SWITCHED_OFF = [
     ("discopop_tau", {"discopop_tau": 0.1}),
     ("simpo_gamma", {"simpo_gamma": 0.1}),
     ("f_alpha_divergence_coef", {"f_alpha_divergence_coef": 0.1}),
+    ("use_liger_kernel", {"use_liger_kernel": True}),
+    ("liger_kernel_config", {"liger_kernel_config": {"rope": True}}),
     ("truncation_mode", {"max_length": None, "truncation_mode": "keep_end"}),
 ]
 

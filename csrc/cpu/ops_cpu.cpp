@@ -17,10 +17,6 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "../losses.h"
 #include "rows.h"
 
@@ -166,17 +162,6 @@ void write_gradient(const Logits& x, const Logits& out, int64_t n, const Softmax
   }
 }
 
-// A gradient is fresh memory. The operating system would provide it in pages of 4 KB, which takes longer than computing
-// the gradient; this asks for pages of 2 MB.
-void prefer_huge_pages(const Tensor& out) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(out.data_ptr());
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + out.nbytes()) / kPage * kPage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 void check_out(const Tensor& out, const Tensor& logits) {
   TORCH_CHECK(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(), "out is unlike logits");
 }
@@ -208,7 +193,6 @@ void logps_bwd(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
                double scale, std::optional<double> softcap, double temperature, const Tensor& out) {
   check_out(out, logits);
   const Logits x(logits, targets), g(out, targets);
-  if (g.data != x.data) prefer_huge_pages(out);
   const Softmax softmax(scale, softcap, temperature);
   TORCH_CHECK(lse.numel() == x.N && coef.numel() == x.N, "one lse and one coef per row");
   const Tensor lse_row = lse.to(at::kFloat).contiguous(), coef_row = coef.to(at::kFloat).contiguous();
@@ -246,7 +230,6 @@ std::tuple<Tensor, Tensor> dpo_fused(const Tensor& logits, const Tensor& targets
                                      int64_t ignore_index, const Tensor& out, int64_t) {
   check_out(out, logits);
   const Logits x(logits, targets), g(out, targets);
-  if (g.data != x.data) prefer_huge_pages(out);
   const Softmax softmax(1, std::nullopt, 1);
   const int64_t B = (cu_rows.numel() - 1) / 2;
   TORCH_CHECK(cu_rows.is_contiguous() && cu_rows.numel() == 2 * B + 1, "cu_rows is [2B + 1]");

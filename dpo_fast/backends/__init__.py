@@ -23,6 +23,7 @@ class Backend:
     residual_: Callable
     dpo_fused: Callable
     scale_: Callable
+    new_empty: Callable
 
 
 LAUNCHERS = tuple(field.name for field in dataclasses.fields(Backend))[1:]
@@ -51,7 +52,7 @@ def _triton(device: str) -> Backend:
     except ModuleNotFoundError as error:
         raise _MissingError("dpo_fast.kernels is missing: install dpo_fast again, or use a whole checkout") from error
     scale_ = getattr(logps, "scale_", eager.scale_)
-    return Backend("triton", logps.logps_fwd, logps.logps_bwd, logps.residual_, dpo.dpo_fused, scale_)
+    return Backend("triton", logps.logps_fwd, logps.logps_bwd, logps.residual_, dpo.dpo_fused, scale_, eager.new_empty)
 
 
 def _csrc(device: str) -> Backend:

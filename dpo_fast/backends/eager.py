@@ -8,6 +8,7 @@ know rows of logits and where the rows of a sequence begin; they know nothing of
     residual_   log-probs, and their gradient over the logits       1 read, 1 write (of the scored rows)
     dpo_fused   log-probs, losses and gradient of all pairs         2 reads, 1 write
     scale_      a tensor times a number that is on the device       nothing where the number is 1
+    new_empty   memory for a gradient                               nothing
 
 `logits` are [N, V]: the entries of a row are adjacent, and rows have any stride. `targets` are [N] int64, in [0, V) or
 `ignore_index`. Rows with an ignored target do not count: their log-prob, log-sum-exp, statistics and gradient are 0,
@@ -222,6 +223,11 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     if not x.is_cuda and factor.item() == 1.0:
         return x
     return x.mul_(factor)
+
+
+def new_empty(like: Tensor, *size: int) -> Tensor:
+    """`like.new_empty(size)`."""
+    return like.new_empty(size)
 
 
 # ---- Rows at a time ----

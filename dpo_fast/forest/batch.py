@@ -1,11 +1,14 @@
 """The collator: batches of pairs become prefix forests, split into parts that fit `max_tokens_per_batch`."""
 
 import dataclasses
+import signal
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from .packing import PrefixForest, pair_tokens
+
+_ALIGNED = 16  # bytes
 
 
 @dataclasses.dataclass
@@ -19,19 +22,45 @@ class Part:
     chosen_tokens: int  # scored tokens of the chosen completions, on the CPU so that nothing waits for the device
     longest: int = 0  # tokens of the longest sequence, the width of the same batch with padding
     p_chosen: torch.Tensor | None = None  # [B] float64, the chance that the chosen one is really better
+    packed: torch.Tensor | None = None  # [bytes], of which all tensors but `index` are views; None before `pack`
 
-    def to(self, device, non_blocking: bool = False) -> "Part":
-        """The same part on `device`; `index` stays on the CPU."""
-        ref, p_chosen = (
-            None if x is None else x.to(device, non_blocking=non_blocking) for x in (self.ref_logps, self.p_chosen)
-        )
-        forest = self.forest.to(device, non_blocking)
-        return dataclasses.replace(self, forest=forest, ref_logps=ref, p_chosen=p_chosen)
+    # Not called `to`: accelerate calls that of whatever a batch holds, and waits for each copy.
+    def on(self, device: torch.device | str) -> "Part":
+        """The same part on `device`, by one copy that nobody waits for where the part is pinned; `index` stays on the CPU."""
+        if torch.device(device).type == "cpu":
+            return self
+        part = self if self.packed is not None else self.pack()
+        return part._views_of(part.packed.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Part":
-        """The same part in page-locked memory (called by torch's DataLoader)."""
-        ref, p_chosen = (None if x is None else x.pin_memory() for x in (self.ref_logps, self.p_chosen))
-        return dataclasses.replace(self, forest=self.forest.pin_memory(), ref_logps=ref, p_chosen=p_chosen)
+        """The same part in page-locked memory, one piece (called by torch's DataLoader)."""
+        part = self if self.packed is not None else self.pack()
+        return part._views_of(part.packed.pin_memory())
+
+    def pack(self) -> "Part":
+        """The same part, its tensors views of one piece of memory."""
+        sizes = [-(-x.nbytes // _ALIGNED) * _ALIGNED for x in self._tensors().values()]
+        packed = torch.empty(sum(sizes), dtype=torch.uint8)
+        views, start = {}, 0
+        for (name, x), size in zip(self._tensors().items(), sizes, strict=True):
+            views[name] = packed[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+            start += size
+        return self._with(views, packed)
+
+    def _views_of(self, packed: torch.Tensor) -> "Part":
+        """A packed part in another piece of memory that holds the same bytes."""
+        places = {name: (x, x.storage_offset() * x.element_size()) for name, x in self._tensors().items()}
+        views = {name: packed[at : at + x.nbytes].view(x.dtype).view(x.shape) for name, (x, at) in places.items()}
+        return self._with(views, packed)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What a device needs."""
+        own = {"ref_logps": self.ref_logps, "p_chosen": self.p_chosen}
+        return {**self.forest.tensors(), **{name: x for name, x in own.items() if x is not None}}
+
+    def _with(self, tensors: dict[str, torch.Tensor], packed: torch.Tensor) -> "Part":
+        own = {name: tensors.pop(name) for name in ("ref_logps", "p_chosen") if name in tensors}
+        return dataclasses.replace(self, forest=self.forest.with_tensors(tensors), packed=packed, **own)
 
 
 def padded_tokens(parts: Sequence[Part]) -> int:
@@ -53,7 +82,12 @@ class ForestCollator:
         self.share, self.keep_last, self.max_tokens, self.margin = share, keep_last, max_tokens, margin
 
     def __call__(self, examples: Sequence[Mapping]) -> dict[str, list[Part]]:
-        return {"parts": [self.part(group) for group in self.split(examples)]}
+        parts = [self.part(group) for group in self.split(examples)]
+        if torch.utils.data.get_worker_info() is not None:
+            # A signal to the whole process group lets a run end in order, and until then it takes batches.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            parts = [part.pack() for part in parts]  # one piece of shared memory each
+        return {"parts": parts}
 
     def part(self, examples: Sequence[Mapping]) -> Part:
         """All `examples` in one forest."""

@@ -197,6 +197,8 @@ def _trunk(model, forest: PrefixForest, plan: Plan, router: bool) -> tuple[torch
         out = trunk(
             input_ids=forest.input_ids[None],
             position_ids=forest.position_ids[None],
+            # Without a mask transformers looks for packed sequences in the positions, on the host; this one says nothing.
+            attention_mask=torch.ones_like(forest.input_ids, dtype=torch.bool)[None],
             use_cache=False,
             forest=forest,
             **extra,

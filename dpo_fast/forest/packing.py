@@ -61,15 +61,16 @@ class PrefixForest:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixForest":
         """The same forest with its tensors on `device`."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.with_tensors({k: x.to(device, non_blocking=non_blocking) for k, x in self.tensors().items()})
 
-    def pin_memory(self) -> "PrefixForest":
-        """The same forest in page-locked memory (called by torch's DataLoader)."""
-        return self._map(torch.Tensor.pin_memory)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by the names of their fields."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: x for name, x in fields.items() if isinstance(x, torch.Tensor)}
 
-    def _map(self, f) -> "PrefixForest":
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "cache"}
-        return PrefixForest(**{k: f(v) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> "PrefixForest":
+        """The same forest with these tensors, and nothing kept of the old ones."""
+        return dataclasses.replace(self, **tensors, cache={})
 
     def gather_paths(self, token_values: torch.Tensor) -> torch.Tensor:
         """Values of the live items along each sequence, [N] -> [S, C], zero past the end.

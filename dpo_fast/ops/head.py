@@ -120,6 +120,17 @@ def linear_token_logps_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias where `needs` says so."""
+    transform = scale, softcap, temperature
+    # The graph may be kept for another backward pass, and `residual` with it.
+    return _gradients(
+        hidden, weight, targets, bias, grad, residual, dh, *transform, ignore_index, needs, backend, spend=False
+    )
+
+
+def _gradients(
+    hidden, weight, targets, bias, grad, residual, dh, scale, softcap, temperature, ignore_index, needs, backend, spend
+):  # fmt: skip
+    """As the op above; `spend`: `residual` may be overwritten."""
     n = hidden.shape[0]
     hidden, targets, rows, scored = scored_rows(hidden, targets, ignore_index)
     if scored is not None:
@@ -135,8 +146,7 @@ def linear_token_logps_backward(
     # A peak below 1 would enlarge the coefficients that are divided by it, and so the sums that float16 has to hold.
     peak = coef.abs().amax().clamp(min=1.0) if hidden.dtype == torch.float16 and len(coef) else None
     sums = GradientSums(weight if needs[1] else None, bias if needs[2] else None, several, peak)
-    # The graph may be kept for another backward pass, and `residual` with it.
-    gradients(layer, hidden, targets, coef, residual, out, sums, spend=False)
+    gradients(layer, hidden, targets, coef, residual, out, sums, spend)
     return hidden.new_empty(0) if out is None else whole_rows(out, rows, n), *sums.results(hidden)
 
 
@@ -173,7 +183,17 @@ def _backward(ctx, grad, *_):
         return (None,) * 13
     hidden, weight, targets, bias, residual, dh = ctx.saved_tensors
     transform, backend = ctx.options
-    found = linear_token_logps_backward(hidden, weight, targets, bias, grad, residual, dh, *transform, needs, backend)
+    if getattr(ctx, "spent", False):
+        residual = residual[:0]
+    given = hidden, weight, targets, bias, grad, residual, dh, *transform, needs, backend
+    if type(residual) is Tensor and 0 < len(residual) < len(hidden):
+        # Rows past those kept are computed in the memory of those kept. A second backward pass computes all of them again.
+        ctx.spent = True
+        off = torch.autocast(hidden.device.type, enabled=False)
+        with torch.no_grad(), off, torch.autograd._unsafe_preserve_version_counter(residual):
+            found = _gradients(*given, spend=True)
+    else:  # a graph is being made of it, or all rows are kept
+        found = linear_token_logps_backward(*given)
     dh, dw, db = (x if need else None for x, need in zip(found, needs, strict=True))
     return dh, dw, None, db, *(None,) * 9
 

@@ -69,8 +69,9 @@ def token_logps_backward(
 ) -> Tensor:
     """The gradient of logits, in their shape, from the log-sum-exp and the gradient of the log-probs."""
     rows, flat = flat_rows(logits, targets, ignore_index)
-    out, shaped = empty_rows(logits)
-    resolve(backend, logits.device, logits.dtype).logps_bwd(
+    launch = resolve(backend, logits.device, logits.dtype)
+    out, shaped = empty_rows(logits, launch.new_empty)
+    launch.logps_bwd(
         rows,
         flat,
         *(_flat_like(x.to(lse.dtype), logits) for x in (lse, grad)),
@@ -223,7 +224,7 @@ def dpo_loss(
     """Loss, losses [B], log-probs [2B], and the gradient of the loss in the shape of logits."""
     check_targets(targets, logits.shape[-1], ignore_index, debug)
     rows, flat = flat_rows(logits, targets, ignore_index)
-    out, shaped = empty_rows(logits)
+    out, shaped = empty_rows(logits, resolve(backend, logits.device, logits.dtype).new_empty)
     per_pair, transform = (ref_logps, pair_weights, label_smoothing, mean_chosen_length), (scale, softcap, temperature)
     how = (names, choices, numbers), ld_alpha, ignore_index, backend, debug
     return *_dpo(logits, flat, cu_seqlens, per_pair, transform, *how, rows, out), shaped

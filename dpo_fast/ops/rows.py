@@ -3,6 +3,8 @@
 Nothing here waits for the device.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,13 +45,13 @@ def flat_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tenso
     return rows, padded.view(-1)[:n]
 
 
-def empty_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
+def empty_rows(logits: Tensor, new_empty: Callable = Tensor.new_empty) -> tuple[Tensor, Tensor]:
     """Uninitialised memory for a gradient: [N, V] with the rows of `flat_rows`, and the same in the shape of logits."""
     if logits.ndim == 2:
-        rows = logits.new_empty(logits.shape)
+        rows = new_empty(logits, *logits.shape)
         return rows, rows
     period = row_period(logits) or logits.shape[1]
-    memory = logits.new_empty(logits.shape[0], period, logits.shape[2])
+    memory = new_empty(logits, logits.shape[0], period, logits.shape[2])
     return memory.view(-1, logits.shape[2])[: _row_count(logits, period)], memory[:, : logits.shape[1]]
 
 

@@ -45,7 +45,7 @@ class BatchLoss(RunLife):
             holds the metrics' sums per pair (metrics.py), the others are `PreferenceOutput`'s fields [B]. An override must
             return the outputs of `super().compute_loss(model, inputs, True, num_items_in_batch)`, changed or not.
         """
-        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        parts = [part.on(self.args.device) for part in inputs["parts"]]
         totals = num_items_in_batch or Totals.of(parts)
         found = [self._part_loss(model, part, totals.mean_chosen_length) for part in parts]
         loss = sum(loss for loss, _ in found) / sum(part.pairs for part in parts)
@@ -127,7 +127,7 @@ class BatchLoss(RunLife):
         found = []
         with as_reference(model, adapters), self.accelerator.autocast():
             for part in inputs["parts"]:
-                forest = part.forest.to(self.args.device)
+                forest = part.on(self.args.device).forest
                 found.append(forest.sum_paths(model(forest=forest)["token_logps"], self.args.ld_alpha))
         chosen, rejected = torch.cat(found, dim=1)
         return chosen, rejected

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
+from transformers.utils import is_liger_kernel_available
 
 from ..backends import BACKENDS, resolve
 from ..forest.packing import SHARE_MODES
@@ -36,6 +37,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "average_tokens_across_devices": ((True,), "a step's loss is the mean over the pairs of all ranks"),
     "parallelism_config": ((None,), "only data parallelism, FSDP and DeepSpeed are supported"),
 }
+LIGER_HEADS = ("cross_entropy", "fused_linear_cross_entropy")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 
 
@@ -57,11 +59,17 @@ class DPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave nan and inf losses out of the log (waits for the device every step)."}
     )
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in backward: less memory, about a third more compute."}
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in backward: less memory, more compute. Default: only where they do not fit."
+        },
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Compute in bfloat16 with float32 weights. Default: on unless fp16 is set."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that make batches. Default: 1 on CUDA, else 0 (the main process)."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "No effect: the columns needed are kept."})
 
@@ -163,6 +171,10 @@ class DPOConfig(TrainingArguments):
         default=WORKSPACE_BYTES,
         metadata={"help": "Bytes of logits that a trained head keeps for backward, at most."},
     )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={"help": "Liger's RMSNorm, rotary positions and SwiGLU in the trunk (on a GPU); the head stays ours."},
+    )
     verify: bool = field(
         default=True, metadata={"help": "Compare shared with unshared log-probs before the first step."}
     )
@@ -186,18 +198,26 @@ class DPOConfig(TrainingArguments):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         # Without an accelerator there is only the CPU, and transformers demands use_cpu=True before it computes in bf16.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = int(torch.cuda.is_available() and not self.use_cpu)
         check_numbers(self)
         check_evaluation(self)
         check_on_nan(self)
         if unused := unused_options(vars(self), defaults := self.defaults()):
             logger.warning(sentence(unused))
             set_back(vars(self), defaults, unused)
+        if self.use_liger_kernel:
+            self._take_ligers_trunk()
         if self.deepspeed and not is_deepspeed_available():
             raise ImportError(f"deepspeed={self.deepspeed!r} needs a package that is not here: pip install deepspeed")
+        # None, left out, stays so: the trainer decides. The newer name is that of transformers 5.23.
+        left_out = self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None
         with warnings.catch_warnings():
             # TRL's name; transformers 5.23 prefers activation_checkpointing, which older versions lack.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
+        if left_out:
+            self.gradient_checkpointing = self.activation_checkpointing = None
         self._refuse()
         check_schedule(self)
         if self.label_noise not in (None, *LABEL_NOISE):
@@ -207,6 +227,15 @@ class DPOConfig(TrainingArguments):
         weighted = self.use_weighting or self.label_noise == "weight"
         soft = self.label_noise == "smoothing"
         LossOptions.of(self).check(pair_weights=weighted, ld_alpha=self.ld_alpha, soft_labels=soft)
+
+    def _take_ligers_trunk(self) -> None:
+        """Liger's norms, rotary positions and MLPs; its heads would take the place of ours."""
+        if not is_liger_kernel_available():
+            raise ImportError("use_liger_kernel needs a package that is not here: pip install liger-kernel")
+        given = self.liger_kernel_config or {}
+        if asked := [name for name in LIGER_HEADS if given.get(name)]:
+            logger.warning("liger_kernel_config: %s is left off, the head is dpo_fast's own", ", ".join(asked))
+        self.liger_kernel_config = {**given, **dict.fromkeys(LIGER_HEADS, False)}
 
     def _refuse_number_beside_p_chosen(self) -> None:
         if self.label_smoothing != LossOptions.label_smoothing:

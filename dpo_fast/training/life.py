@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 from transformers import Trainer
+from transformers.integrations.liger import apply_liger_kernel
 
 from . import checkpoint
 from .disk import room_for
@@ -73,6 +74,8 @@ class RunLife(Trainer):
         if resume and self.is_world_process_zero():
             checkpoint.check_contents(resume)
         self._agree(resume)
+        if self.args.use_liger_kernel:  # transformers does it once more, after the comparison
+            apply_liger_kernel(self.model, self.args.liger_kernel_config)
         self._verify()
         self.watch.clear()
         self.throughput.restart()

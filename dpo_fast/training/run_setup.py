@@ -15,6 +15,7 @@ from ..forest.gate import Plan, base_model, has_aux_loss, plan_model
 from ..forest.head import output_layer
 from ..forest.model import own_config, prepare_model, restore_model
 from ..losses import LossOptions
+from .checkpointing import choose
 from .config import DPOConfig
 from .dropout import no_dropout
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
@@ -80,6 +81,7 @@ class Setup:
     aux_coef: float
     loss_options: LossOptions
     flops: Callable[[float, float, float], float]
+    checkpointing: str  # what was decided on it and why
 
 
 def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> Setup:
@@ -118,16 +120,15 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
         logger.warning(
             "prompts are not shared: %s", plan.obstacle or "the model carries no state (carries_state=False)"
         )
-    if args.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
-        args.gradient_checkpointing = args.activation_checkpointing = False  # the older and the newer name
-    if args.gradient_checkpointing and hasattr(model, "disable_adapter"):
-        model.enable_input_require_grads()
     head = output_layer(base_model(model))
     vocab_size = head.weight.shape[0]
     datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
     prepared = {k: prepare(v, tokenizer, args, vocab_size, k, share) for k, v in datasets.items() if v is not None}
     train = None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share)
     check_positions(base_model(model), {**prepared, **({} if train is None else {"train": train})})
+    checkpointing = choose(model, ref_model, plan, args, train, share, is_sharded(args))
+    if args.gradient_checkpointing and hasattr(model, "disable_adapter"):
+        model.enable_input_require_grads()
     return Setup(
         model=model,
         ref_model=ref_model,
@@ -143,6 +144,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
         aux_coef=aux_coefficient(model, args),
         loss_options=LossOptions.of(args),
         flops=flop_counter(model, head),
+        checkpointing=checkpointing,
     )
 
 

@@ -6,6 +6,7 @@ the data. Everything else (schedules, logging, evaluation, launchers, sharding) 
 """
 
 import contextlib
+import copy
 
 import torch
 
@@ -57,6 +58,8 @@ class DPOTrainer(BatchLoss):
         if quantization_config is not None:
             raise ValueError("quantization_config is not supported: use peft_config with bfloat16 weights instead")
         args = args or DPOConfig()
+        if args.gradient_checkpointing is None:
+            args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
         run = model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config)
         self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
         self.share = self.setup.share
@@ -161,7 +164,7 @@ class DPOTrainer(BatchLoss):
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers
-        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        parts = [part.on(self.args.device) for part in inputs["parts"]]
         totals = num_items_in_batch or Totals.of(parts)
         # Gradients are averaged over ranks, and the mean is over the pairs of all of them.
         scale = self.accelerator.num_processes / totals.pairs
@@ -202,7 +205,7 @@ class DPOTrainer(BatchLoss):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate one batch: keep the pairs' metrics for `evaluation_loop` and return (mean loss, None, None)."""
-        parts = [part.to(self.args.device, non_blocking=True) for part in inputs["parts"]]
+        parts = [part.on(self.args.device) for part in inputs["parts"]]
         total = torch.zeros((), device=self.args.device)
         for part, counts, _ in self._passes(parts):
             with torch.no_grad(), self.compute_loss_context_manager():

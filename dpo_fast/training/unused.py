@@ -6,6 +6,8 @@ cli/options.py).
 
 from collections.abc import Iterable, Mapping, MutableMapping
 
+import torch
+
 from ..loss_table import LOSSES
 from ..losses import LossOptions
 
@@ -24,8 +26,6 @@ UNUSED: dict[str, tuple] = {
     "activation_offloading": (False,),
     "torch_empty_cache_steps": (None,),
     "use_cache": (False,),
-    "use_liger_kernel": (False,),
-    "liger_kernel_config": (None,),
     "torch_compile": (False,),
     "torch_compile_backend": (None,),
     "torch_compile_mode": (None,),
@@ -53,6 +53,10 @@ def unused_options(values: Mapping, defaults: Mapping) -> dict[str, str]:
     def idle(names, why: str) -> None:
         found.update({name: why for name in names if values[name] != defaults[name]})
 
+    if not _has_gpu(values):
+        idle(("use_liger_kernel", "liger_kernel_config"), "Liger's kernels need a GPU")
+    elif not values["use_liger_kernel"]:
+        idle(("liger_kernel_config",), "without use_liger_kernel")
     names = [values["loss_type"]] if isinstance(values["loss_type"], str) else values["loss_type"]
     rows = [LOSSES[name] for name in names if name in LOSSES]
     if all(name in LOSSES for name in names) and not LossOptions(names).has_reference:
@@ -71,6 +75,10 @@ def unused_options(values: Mapping, defaults: Mapping) -> dict[str, str]:
         if not any(option in row.options for row in rows):
             idle((option,), f"without loss_type {option.partition('_')[0]}")
     return found
+
+
+def _has_gpu(values: Mapping) -> bool:
+    return torch.cuda.is_available() and not values["use_cpu"]
 
 
 def set_back(values: MutableMapping, defaults: Mapping, found: Iterable[str]) -> None:

@@ -1,0 +1,158 @@
+"""Whether activations are kept for the backward pass or computed again there (`gradient_checkpointing`).
+
+Left out, it is on only where the activations of the largest batch would not fit the device. What is kept is estimated from
+above, from the sizes of the weights: each matrix of the trunk keeps its input or its output, and the functions between
+two matrices about as much again.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from ..data.pairs import PairDataset
+from ..forest.gate import Plan, base_model
+from ..forest.packing import pair_tokens
+from ..ops import WORKSPACE_BYTES
+from .config import DPOConfig
+
+logger = logging.getLogger(__name__)
+CGROUP = Path("/sys/fs/cgroup")
+SPARE = 0.9  # of the free memory: the rest is for what is not counted, and for gaps
+# Bytes that autograd keeps per row and per side (rows or columns) of the trunk's matrices, by the bytes of an entry. The most of
+# eleven families, measured by what `saved_tensors_hooks` saw; norms keep float32 beside half precision.
+_PER_SIDE = {8: 18.0, 4: 9.0, 2: 6.0}
+_PER_SCORE = 6  # bytes per attention score where attention is written out
+
+
+def choose(model, ref_model, plan: Plan, args: DPOConfig, data: PairDataset | None, share: str, sharded: bool) -> str:
+    """Set `args.gradient_checkpointing` where it was left out; returns a sentence on what was decided and why."""
+    how, why = args.gradient_checkpointing, "as asked"
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        how, why = False, "the model has none"
+    elif how is None and not getattr(base_model(model), "supports_gradient_checkpointing", True):
+        how, why = False, "the model does not support it"
+    elif how is None and data is None:
+        how, why = False, "there is nothing to train on"
+    elif how is None and _of_fsdp(args):
+        how, why = False, "FSDP does it"
+    elif how is None:
+        how, why = _fits_not(model, ref_model, plan, args, data, share, sharded)
+    args.gradient_checkpointing = args.activation_checkpointing = how  # the older and the newer name
+    sentence = f"gradient checkpointing is {'on' if how else 'off'}: {why}"
+    logger.info("%s", sentence)
+    return sentence
+
+
+def _of_fsdp(args: DPOConfig) -> bool:
+    own = (args.fsdp_config or {}).get("activation_checkpointing", False)
+    return str(own).lower() == "true" or os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
+
+
+def _fits_not(model, ref_model, plan, args, data, share, sharded) -> tuple[bool, str]:
+    ranks = args.world_size if sharded else 1
+    rows, longest = most_rows(data, args, share, padded=plan.path == "padded")
+    size = 2 if args.bf16 or args.fp16 else next(base_model(model).parameters()).element_size()
+    kept = activation_bytes(model, rows, size, longest)
+    free = free_bytes(args.device)
+    if free is None:
+        return True, f"the free memory of {args.device} is not known"
+    if args.device.type == "cpu":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    left = SPARE * free - state_bytes(model, ref_model, args, ranks)
+    on = _any_rank(kept > left, args.device)
+    more = " on some rank" if on and kept <= left else ""
+    return on, (
+        f"the activations of {rows:,} rows take up to {_gb(kept)}, and {_gb(max(left, 0))} of {_gb(free)} are left for them "
+        f"on {args.device}{more} (gradient_checkpointing true or false overrides)"
+    )
+
+
+def most_rows(data: PairDataset, args: DPOConfig, share: str, padded: bool = False) -> tuple[int, int]:
+    """Rows of the largest forest that a micro-batch of `data` can make, and tokens of the longest sequence."""
+    sizes = sorted((pair_tokens(example, share) for example in data.examples), reverse=True)
+    longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in data.examples)
+    pairs = min(args.per_device_train_batch_size, len(sizes))
+    rows = 2 * pairs * longest if padded else sum(sizes[:pairs])
+    return rows if args.max_tokens_per_batch is None else min(rows, args.max_tokens_per_batch), longest
+
+
+def activation_bytes(model, rows: int, size: int, longest: int) -> float:
+    """At most so many bytes does autograd keep of the trunk for `rows` tokens, computed in entries of `size` bytes."""
+    model = base_model(model)
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    sides = 0
+    for p in _trunk_matrices(model):
+        sides += sum(p.shape[-2:]) * (experts if p.ndim == 3 else 1)
+    scores = 0
+    if _is_written_out(model):
+        scores = rows * 2 * longest * config.num_attention_heads * config.num_hidden_layers
+    return rows * sides * _PER_SIDE[size] + scores * _PER_SCORE
+
+
+def state_bytes(model, ref_model, args: DPOConfig, ranks: int) -> float:
+    """What a training step needs beside activations and is not on the device yet; weights are divided by `ranks`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Gradients; AdamW's two float32 numbers; beside weights of half precision a float32 master and its gradient.
+    states = sum(
+        p.numel() * (p.element_size() + (16 if p.element_size() == 2 else 2 * p.element_size())) for p in trained
+    )
+    missing = [p for module in filter(None, (model, ref_model)) for p in module.parameters()]
+    states += sum(p.numel() * p.element_size() for p in missing if p.device.type != args.device.type)
+    bare, half = base_model(model), args.bf16 or args.fp16
+    # Autocast keeps a copy of each matrix.
+    copies = sum(2 * p.numel() for p in _trunk_matrices(bare) if p.element_size() > 2) if half else 0
+    head = bare.get_output_embeddings().weight
+    of_head = head.numel() * 4 + args.workspace_bytes if head.requires_grad else WORKSPACE_BYTES // 4
+    return states / ranks + copies + of_head
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that this process can still take on `device`, None where nobody knows."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_cgroup_room()])
+
+
+def _cgroup_room() -> list[int]:
+    """What a container's limit leaves, where there is one; pages of files can be given up."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return [] if limit == "max" else [max(int(limit) - int(used) + int(stat.get("inactive_file", 0)), 0)]
+    except (OSError, ValueError):
+        return []
+
+
+def _trunk_matrices(model) -> list[torch.nn.Parameter]:
+    """Matrices that each row is multiplied by, of experts all in one; without embeddings, head and adapters."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables.add(id(model.get_output_embeddings().weight))
+    return [p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in tables and "lora_" not in name]
+
+
+def _is_written_out(model) -> bool:
+    config = model.config.get_text_config()
+    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return config._attn_implementation == "eager" or (not torch.cuda.is_available() and (capped or sinks))
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    """Ranks that recompute and ranks that do not would wait for each other's collectives for ever."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    found = torch.tensor([float(flag)], device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def _gb(n: float) -> str:
+    return f"{n / 1e9:.1f} GB"
