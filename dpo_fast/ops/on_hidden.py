@@ -15,7 +15,7 @@ from .pair_inputs import (
     with_reference,
 )
 from .tiles import WORKSPACE_BYTES
-from .torch_library import unstacked
+from .torch_library import pack_numbers, unstacked
 
 
 def linear_token_logps(
@@ -58,7 +58,7 @@ def linear_token_logps(
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     keep = "residual" if trained else "dh" if hidden.requires_grad else ""
     keep = keep if torch.is_grad_enabled() else ""
-    settings = float(logit_scale), softcap, float(temperature), ignore_index, ",".join(outputs)
+    settings = pack_numbers(logit_scale, softcap, temperature), ignore_index, ",".join(outputs)
     limits = workspace_bytes, backend or "", debug
 
     def score(hidden, targets, keep):
@@ -172,7 +172,7 @@ def linear_dpo_loss(
     count = arguments.check_sequences(hidden, "hidden", cu_seqlens, pairs=True)
     arguments.check_transform(logit_scale, softcap, temperature, outputs)
     _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias)
-    batch, transform = (targets, cu_seqlens, ignore_index), (float(logit_scale), softcap, float(temperature))
+    batch, transform = (targets, cu_seqlens, ignore_index), (logit_scale, softcap, temperature)
     limits = {"workspace_bytes": workspace_bytes, "backend": backend, "debug": debug}
     common = dict(zip(("logit_scale", "softcap", "temperature"), transform, strict=True)) | limits
 
@@ -211,9 +211,9 @@ def linear_dpo_loss(
     rows, flat, bounds = hidden, targets, cu_seqlens
     if cu_seqlens is None:
         rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        bounds = torch.arange(count + 1, dtype=torch.int32) * hidden.shape[1]
+        bounds = torch.arange(count + 1, dtype=torch.int32, device="cpu") * hidden.shape[1]
     values = (None if x is None else x.detach() for x in (rows, weight, flat, bias))
-    settings = *inputs.tensors, *transform, *inputs.loss, ",".join(outputs), needs
+    settings = *inputs.tensors, *inputs.loss(transform), ",".join(outputs), needs
     *found, stats, dh, dw, db = library.linear_dpo_loss(
         *values, bounds, *settings, workspace_bytes, backend or "", debug
     )
