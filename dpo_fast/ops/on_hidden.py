@@ -171,6 +171,7 @@ def linear_dpo_loss(
     arguments.check_targets_like(targets, hidden, "hidden")
     count = arguments.check_sequences(hidden, "hidden", cu_seqlens, pairs=True)
     arguments.check_transform(logit_scale, softcap, temperature, outputs)
+    ref_hidden, ref_weight, ref_bias = _local(ref_hidden, ref_weight, ref_bias, "ref_")
     _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias)
     batch, transform = (targets, cu_seqlens, ignore_index), (logit_scale, softcap, temperature)
     limits = {"workspace_bytes": workspace_bytes, "backend": backend, "debug": debug}
@@ -224,9 +225,11 @@ def linear_dpo_loss(
     return (out, _unstacked(stats, outputs, targets)) if outputs else out
 
 
-def _local(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _local(
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, of: str = ""
+) -> tuple[Tensor | None, ...]:
     names = {"hidden": hidden, "weight": weight, "bias": bias}
-    return tuple(arguments.local(name, x) for name, x in names.items())
+    return tuple(arguments.local(of + name, x) for name, x in names.items())
 
 
 def _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias) -> None:
