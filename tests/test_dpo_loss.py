@@ -24,6 +24,7 @@ from dpo_fast.loss_table import FUSED, LOSSES
 from dpo_fast.losses import LossOptions
 from dpo_fast.ops import head as head_ops
 from dpo_fast.ops import logits as logits_ops
+from dpo_fast.ops.torch_library import pack_numbers
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -255,6 +256,10 @@ def test_rows_of_any_stride(layout, backend):
         torch.testing.assert_close(x, results[1][name], rtol=1e-6, atol=1e-7, msg=name)
 
 
+# No transform and no ld_alpha; a loss's own numbers, and its weight.
+PLAIN = pack_numbers(1.0, None, 1.0, None, 0.1, 0.0, 0.5, 0.05, 0.5, 0.0, 1.0)
+
+
 class Allocated(TorchDispatchMode):
     """Entries of the largest tensor that an op returned in memory of its own."""
 
@@ -275,8 +280,7 @@ def test_a_shifted_slice_is_not_copied(monkeypatch):
     whole = torch.randn(4, 6, 64)
     targets = torch.randint(64, (4, 5))
     small_tiles(monkeypatch, 2 * 64 * 4)
-    loss = "sigmoid", "reverse_kl,tokens", [0.1, 0.0, 0.5, 0.05, 0.5, 0.0, 1.0], None, -100
-    arguments = None, None, None, None, None, 1.0, None, 1.0, *loss, "torch", False
+    arguments = None, None, None, None, None, PLAIN, "sigmoid", "reverse_kl,tokens", -100, "torch", False
     with Allocated() as mode:
         rows, _ = logits_ops.flat_rows(whole[:, :-1], targets, -100)
         assert rows.data_ptr() == whole.data_ptr()
@@ -666,9 +670,9 @@ def test_head_under_no_grad():
 
 
 def head_arguments(leaves, targets, cu, needs, workspace_bytes, name="sigmoid"):
-    loss = name, "reverse_kl,tokens", [0.1, 0.0, 0.5, 0.05, 0.5, 0.0, 1.0], None, -100
+    loss = PLAIN, name, "reverse_kl,tokens", -100
     tensors = leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), cu, None, None, None, None
-    return *tensors, 1.0, None, 1.0, *loss, "", needs, workspace_bytes, "torch", False
+    return *tensors, *loss, "", needs, workspace_bytes, "torch", False
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,10 @@ def op_cases():
     shifted = torch.randn(S, T + 1, V)[:, :-1]
 
     def loss(names, weights=(1.0,)):
-        return 0.5, 3.0, 0.9, names, "reverse_kl,pairs", [*NUMBERS, *weights], 0.5, -100, "", False
+        numbers = library.pack_numbers(0.5, 3.0, 0.9, 0.5, *NUMBERS, *weights)
+        return numbers, names, "reverse_kl,pairs", -100, "", False
 
-    transform = (0.5, 3.0, 0.9)
+    transform, plain = library.pack_numbers(0.5, 3.0, 0.9), library.pack_numbers(1.0, None, 1.0)
     head = (hidden.view(-1, D), weight, flat_targets, bias, cu, ref, None, torch.rand(2), None)
     residual, dh = torch.randn(4, V), torch.randn(0, D)
 
@@ -59,11 +60,11 @@ def op_cases():
     return {
         "token_logps": (
             logits_ops.token_logps,
-            (leaf(logits), targets, -100, *transform, ",".join(OUTPUTS), "", False),
+            (leaf(logits), targets, transform, -100, ",".join(OUTPUTS), "", False),
         ),
-        "token_logps packed": (logits_ops.token_logps, (leaf(flat), flat_targets, -100, 1.0, None, 1.0, "", "", True)),
-        "token_logps shifted": (logits_ops.token_logps, (shifted, targets, -100, 1.0, None, 1.0, "", "", False)),
-        "token_logps_backward": (logits_ops.token_logps_backward, (shifted, targets, lse, grad, -100, *transform, "")),
+        "token_logps packed": (logits_ops.token_logps, (leaf(flat), flat_targets, plain, -100, "", "", True)),
+        "token_logps shifted": (logits_ops.token_logps, (shifted, targets, plain, -100, "", "", False)),
+        "token_logps_backward": (logits_ops.token_logps_backward, (shifted, targets, lse, grad, transform, -100, "")),
         "dpo_loss": (logits_ops.dpo_loss, (logits, targets, None, ref, None, None, None, *loss("sigmoid"))),
         "dpo_loss shifted": (logits_ops.dpo_loss, (shifted, targets, None, ref, None, None, None, *loss("sigmoid"))),
         "dpo_loss packed": (
@@ -88,7 +89,7 @@ def op_cases():
                 leaf(weight),
                 safe,
                 leaf(bias),
-                *transform,
+                transform,
                 None,
                 "entropy",
                 "residual",
@@ -99,11 +100,11 @@ def op_cases():
         ),
         "linear_token_logps frozen": (
             head_ops.linear_token_logps,
-            (leaf(flat_hidden), weight, safe, None, *transform, -100, "", "dh", 0, "", False),
+            (leaf(flat_hidden), weight, safe, None, transform, -100, "", "dh", 0, "", False),
         ),
         "linear_token_logps_backward": (
             head_ops.linear_token_logps_backward,
-            (flat_hidden, weight, safe, bias, grad.view(-1), residual, dh, *transform, -100, [True, True, True], ""),
+            (flat_hidden, weight, safe, bias, grad.view(-1), residual, dh, transform, -100, [True, True, True], ""),
         ),
         "linear_dpo_loss": (
             head_ops.linear_dpo_loss,

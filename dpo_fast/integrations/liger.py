@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..loss_table import log_odds
 from ..losses import preference_loss, require
 from ..ops import linear_sequence_logps
+from ..ops.arguments import local
 
 
 def _logits_means(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,6 +44,7 @@ class _Preference(nn.Module):
                 f"{list(target.shape)}"
             ),
         )
+        weight, bias = local("weight", weight), local("bias", bias)
         options = {"average": self.average_log_prob, "ignore_index": self.ignore_index}
         logps = linear_sequence_logps(hidden, weight, target, bias=bias, **options)
         chosen, rejected = logps.chunk(2)

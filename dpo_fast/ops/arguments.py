@@ -22,7 +22,9 @@ def local(name: str, x: Tensor | None) -> Tensor | None:
     """`x` as a plain tensor. A DTensor is gathered where it needs no gradient or has one rank, and refused elsewhere."""
     if x is None or not hasattr(x, "full_tensor"):
         return x
-    if name in ("weight", "bias") and (x.device_mesh.size() == 1 or not (x.requires_grad and torch.is_grad_enabled())):
+    if name.endswith(("weight", "bias")) and (
+        x.device_mesh.size() == 1 or not (x.requires_grad and torch.is_grad_enabled())
+    ):
         return x.full_tensor()
     raise ValueError(
         f"{name} is a DTensor (FSDP2, tensor parallelism), and how ranks' gradients add up is not known here: call this "

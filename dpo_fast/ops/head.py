@@ -15,7 +15,7 @@ from ..losses import check_label_smoothing
 from .arguments import check_bounds, check_targets
 from .pairs import PairBatch, unpack_loss
 from .tiles import GradientSums, OutputLayer, gradients, score, workspace_rows
-from .torch_library import library_op, once_differentiable, split_names
+from .torch_library import library_op, once_differentiable, split_names, unpack_numbers
 
 # ---- Which rows are computed ----
 
@@ -59,9 +59,7 @@ def linear_token_logps(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    numbers: Tensor,
     ignore_index: int | None,
     outputs: str,
     keep: str,
@@ -74,7 +72,7 @@ def linear_token_logps(
     The kept tensors hold the computed rows first; nothing is written past those.
     """
     check_targets(targets, weight.shape[0], ignore_index, debug)
-    layer, n = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend), hidden.shape[0]
+    layer, n = _output_layer(hidden, weight, bias, unpack_numbers(numbers), backend), hidden.shape[0]
     residual, dh = _kept(hidden, weight, keep, workspace_bytes)
     hidden, targets, *where = scored_rows(hidden, targets, ignore_index)
     live = hidden.shape[0]
@@ -90,17 +88,15 @@ def _kept(hidden: Tensor, weight: Tensor, keep: str, workspace_bytes: int) -> tu
 
 
 @linear_token_logps.register_fake
-def _(
-    hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, outputs, keep, workspace_bytes, backend, debug
-):  # fmt: skip
+def _(hidden, weight, targets, bias, numbers, ignore_index, outputs, keep, workspace_bytes, backend, debug):
     wide, n = wide_dtype(hidden.dtype), hidden.shape[0]
     stats = hidden.new_empty(len(split_names(outputs)), n, dtype=wide)
     return hidden.new_empty(n, dtype=wide), stats, *_kept(hidden, weight, keep, workspace_bytes)
 
 
-def _output_layer(hidden, weight, bias, scale, softcap, temperature, backend) -> OutputLayer:
-    transform = {"scale": scale, "softcap": softcap, "temperature": temperature}
-    return OutputLayer(weight, bias, transform, resolve(backend, hidden.device, hidden.dtype))
+def _output_layer(hidden, weight, bias, transform, backend) -> OutputLayer:
+    names = dict(zip(("scale", "softcap", "temperature"), transform, strict=True))
+    return OutputLayer(weight, bias, names, resolve(backend, hidden.device, hidden.dtype))
 
 
 @library_op("linear_token_logps_backward")
@@ -112,24 +108,19 @@ def linear_token_logps_backward(
     grad: Tensor,
     residual: Tensor,
     dh: Tensor,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    numbers: Tensor,
     ignore_index: int | None,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias where `needs` says so."""
-    transform = scale, softcap, temperature
     # The graph may be kept for another backward pass, and `residual` with it.
     return _gradients(
-        hidden, weight, targets, bias, grad, residual, dh, *transform, ignore_index, needs, backend, spend=False
+        hidden, weight, targets, bias, grad, residual, dh, numbers, ignore_index, needs, backend, spend=False
     )
 
 
-def _gradients(
-    hidden, weight, targets, bias, grad, residual, dh, scale, softcap, temperature, ignore_index, needs, backend, spend
-):  # fmt: skip
+def _gradients(hidden, weight, targets, bias, grad, residual, dh, numbers, ignore_index, needs, backend, spend):
     """As the op above; `spend`: `residual` may be overwritten."""
     n = hidden.shape[0]
     hidden, targets, rows, scored = scored_rows(hidden, targets, ignore_index)
@@ -140,7 +131,7 @@ def _gradients(
         found = torch.mul(dh[: len(coef)], coef, out=torch.empty_like(dh[: len(coef)]))
         return whole_rows(found, rows, n), hidden.new_empty(0), hidden.new_empty(0)
     residual = residual[: len(coef)]
-    layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
+    layer = _output_layer(hidden, weight, bias, unpack_numbers(numbers), backend)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     several = residual.shape[0] < hidden.shape[0]
     # A peak below 1 would enlarge the coefficients that are divided by it, and so the sums that float16 has to hold.
@@ -163,15 +154,15 @@ def _fake_gradients(hidden, weight, bias, needs):
 
 
 @linear_token_logps_backward.register_fake
-def _(hidden, weight, targets, bias, grad, residual, dh, scale, softcap, temperature, ignore_index, needs, backend):
+def _(hidden, weight, targets, bias, grad, residual, dh, numbers, ignore_index, needs, backend):
     return _fake_gradients(hidden, weight, bias, needs)
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, targets, bias, *transform, _, _, _, backend, _ = inputs
+    hidden, weight, targets, bias, numbers, ignore_index, _, _, _, backend, _ = inputs
     _, stats, residual, dh = output
-    ctx.options = transform, backend  # scale, softcap, temperature, ignore_index
-    ctx.save_for_backward(hidden, weight, targets, bias, residual, dh)
+    ctx.options = ignore_index, backend
+    ctx.save_for_backward(hidden, weight, targets, bias, residual, dh, numbers)
     ctx.mark_non_differentiable(stats, residual, dh)
     ctx.set_materialize_grads(False)
 
@@ -180,12 +171,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[k] for k in (0, 1, 3)]
     if grad is None:
-        return (None,) * 13
-    hidden, weight, targets, bias, residual, dh = ctx.saved_tensors
-    transform, backend = ctx.options
+        return (None,) * 11
+    hidden, weight, targets, bias, residual, dh, numbers = ctx.saved_tensors
+    ignore_index, backend = ctx.options
     if getattr(ctx, "spent", False):
         residual = residual[:0]
-    given = hidden, weight, targets, bias, grad, residual, dh, *transform, needs, backend
+    given = hidden, weight, targets, bias, grad, residual, dh, numbers, ignore_index, needs, backend
     if type(residual) is Tensor and 0 < len(residual) < len(hidden):
         # Rows past those kept are computed in the memory of those kept. A second backward pass computes all of them again.
         ctx.spent = True
@@ -195,7 +186,7 @@ def _backward(ctx, grad, *_):
     else:  # a graph is being made of it, or all rows are kept
         found = linear_token_logps_backward(*given)
     dh, dw, db = (x if need else None for x, need in zip(found, needs, strict=True))
-    return dh, dw, None, db, *(None,) * 9
+    return dh, dw, None, db, *(None,) * 7
 
 
 linear_token_logps.register_autograd(_backward, setup_context=_save)
@@ -215,13 +206,9 @@ def linear_dpo_loss(
     pair_weights: Tensor | None,
     label_smoothing: Tensor | None,
     mean_chosen_length: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    numbers: Tensor,
     names: str,
     choices: str,
-    numbers: Sequence[float],
-    ld_alpha: float | None,
     ignore_index: int,
     outputs: str,
     needs: Sequence[bool],
@@ -235,10 +222,10 @@ def linear_dpo_loss(
     """
     check_targets(targets, weight.shape[0], ignore_index, debug)
     check_bounds(cu_seqlens, hidden.shape[0], debug)
-    options, n = unpack_loss(names, choices, numbers), hidden.shape[0]
+    (transform, ld_alpha, options), n = unpack_loss(numbers, names, choices), hidden.shape[0]
     if label_smoothing is not None and (debug or not label_smoothing.is_cuda):
         check_label_smoothing(label_smoothing, options)
-    layer = _output_layer(hidden, weight, bias, scale, softcap, temperature, backend)
+    layer = _output_layer(hidden, weight, bias, transform, backend)
     given = targets
     hidden, targets, rows, scored = scored_rows(hidden, targets, ignore_index)
     if rows is None:
@@ -275,7 +262,7 @@ def linear_dpo_loss(
 @linear_dpo_loss.register_fake
 def _(
     hidden, weight, targets, bias, cu_seqlens, ref_logps, pair_weights, label_smoothing, mean_chosen_length,
-    scale, softcap, temperature, names, choices, numbers, ld_alpha, ignore_index, outputs, needs, *_,
+    numbers, names, choices, ignore_index, outputs, needs, *_,
 ):  # fmt: skip
     wide, count = wide_dtype(hidden.dtype), cu_seqlens.shape[0] - 1
     losses = (hidden.new_empty(shape, dtype=wide) for shape in ((), (count // 2,), (count,)))

@@ -3,8 +3,6 @@
 Only values are checked here. The public functions, their documentation and the other checks are in on_logits.py.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,19 +13,22 @@ from ..losses import check_label_smoothing
 from .arguments import check_bounds, check_targets
 from .pairs import unpack_loss
 from .rows import empty_rows, flat_rows, row_period, unflatten, uniform_bounds
-from .torch_library import library_op, once_differentiable, split_names, stacked
+from .torch_library import library_op, once_differentiable, split_names, stacked, unpack_numbers
 
 # ---- Log-probs ----
+
+
+def _transform(numbers: Tensor) -> dict[str, float | None]:
+    """What `pack_numbers` packed of the transform of the logits, as the launchers name it."""
+    return dict(zip(("scale", "softcap", "temperature"), unpack_numbers(numbers), strict=True))
 
 
 @library_op("token_logps")
 def token_logps(
     logits: Tensor,
     targets: Tensor,
+    numbers: Tensor,
     ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
     outputs: str,
     backend: str,
     debug: bool,
@@ -36,19 +37,13 @@ def token_logps(
     check_targets(targets, logits.shape[-1], ignore_index, debug)
     rows, flat = flat_rows(logits, targets, ignore_index)
     logps, lse, stats = resolve(backend, logits.device, logits.dtype).logps_fwd(
-        rows,
-        flat,
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
-        outputs=split_names(outputs),
+        rows, flat, ignore_index=ignore_index, outputs=split_names(outputs), **_transform(numbers)
     )
     return unflatten(logps, logits), unflatten(lse, logits), unflatten(stacked(stats, logps), logits)
 
 
 @token_logps.register_fake
-def _(logits, targets, ignore_index, scale, softcap, temperature, outputs, backend, debug):
+def _(logits, targets, numbers, ignore_index, outputs, backend, debug):
     wide = wide_dtype(logits.dtype)
     shape = targets.shape
     stats = logits.new_empty(len(split_names(outputs)), *shape, dtype=wide)
@@ -61,10 +56,8 @@ def token_logps_backward(
     targets: Tensor,
     lse: Tensor,
     grad: Tensor,
+    numbers: Tensor,
     ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
     backend: str,
 ) -> Tensor:
     """The gradient of logits, in their shape, from the log-sum-exp and the gradient of the log-probs."""
@@ -76,16 +69,14 @@ def token_logps_backward(
         flat,
         *(_flat_like(x.to(lse.dtype), logits) for x in (lse, grad)),
         ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
         out=out,
+        **_transform(numbers),
     )
     return shaped
 
 
 @token_logps_backward.register_fake
-def _(logits, targets, lse, grad, ignore_index, scale, softcap, temperature, backend):
+def _(logits, targets, lse, grad, numbers, ignore_index, backend):
     return empty_rows(logits)[1]
 
 
@@ -100,21 +91,21 @@ def _flat_like(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    logits, targets, *options = inputs
+    logits, targets, numbers, ignore_index, _, backend, _ = inputs
     _, lse, stats = output
-    ctx.options = (*options[:4], options[5])
-    ctx.save_for_backward(logits, targets, lse)
+    ctx.options = ignore_index, backend
+    ctx.save_for_backward(logits, targets, lse, numbers)
     ctx.mark_non_differentiable(lse, stats)
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
 def _backward(ctx, grad, *_):
-    none = (None,) * 8
+    none = (None,) * 6
     if grad is None or not ctx.needs_input_grad[0]:
         return None, *none
-    logits, targets, lse = ctx.saved_tensors
-    return token_logps_backward(logits, targets, lse, grad, *ctx.options), *none
+    logits, targets, lse, numbers = ctx.saved_tensors
+    return token_logps_backward(logits, targets, lse, grad, numbers, *ctx.options), *none
 
 
 token_logps.register_autograd(_backward, setup_context=_save)
@@ -148,9 +139,9 @@ sequence_sums.register_autograd(_spread, setup_context=_save_bounds)
 # ---- Loss and gradient ----
 
 
-def _dpo(logits, targets, cu_seqlens, per_pair, transform, loss, ld_alpha, ignore_index, backend, debug, rows, out):
+def _dpo(logits, targets, cu_seqlens, per_pair, loss, ignore_index, backend, debug, rows, out):
     """Loss, losses [B] and log-probs [2B]; writes the gradient of the loss to `out`."""
-    options, (ref_logps, pair_weights, label_smoothing, mean_chosen_length) = unpack_loss(*loss), per_pair
+    (transform, ld_alpha, options), (ref_logps, pair_weights, label_smoothing, mean_chosen_length) = loss, per_pair
     if label_smoothing is not None and (debug or not label_smoothing.is_cuda):
         check_label_smoothing(label_smoothing, options)
     cu_rows, launch = _bounds(logits, cu_seqlens, debug), resolve(backend, logits.device, logits.dtype)
@@ -158,7 +149,7 @@ def _dpo(logits, targets, cu_seqlens, per_pair, transform, loss, ld_alpha, ignor
     common = {"ignore_index": ignore_index, "out": out}
     if ref_logps is not None:
         ref_logps = ref_logps.contiguous()
-    plain = transform == (1.0, None, 1.0) and pair_weights is None and label_smoothing is None and ld_alpha is None
+    plain = transform == [1.0, None, 1.0] and pair_weights is None and label_smoothing is None and ld_alpha is None
     if options.one_launch and plain:
         losses, logps, _ = launch.dpo_fused(
             rows,
@@ -210,13 +201,9 @@ def dpo_loss(
     pair_weights: Tensor | None,
     label_smoothing: Tensor | None,
     mean_chosen_length: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    numbers: Tensor,
     names: str,
     choices: str,
-    numbers: Sequence[float],
-    ld_alpha: float | None,
     ignore_index: int,
     backend: str,
     debug: bool,
@@ -225,9 +212,9 @@ def dpo_loss(
     check_targets(targets, logits.shape[-1], ignore_index, debug)
     rows, flat = flat_rows(logits, targets, ignore_index)
     out, shaped = empty_rows(logits, resolve(backend, logits.device, logits.dtype).new_empty)
-    per_pair, transform = (ref_logps, pair_weights, label_smoothing, mean_chosen_length), (scale, softcap, temperature)
-    how = (names, choices, numbers), ld_alpha, ignore_index, backend, debug
-    return *_dpo(logits, flat, cu_seqlens, per_pair, transform, *how, rows, out), shaped
+    per_pair = ref_logps, pair_weights, label_smoothing, mean_chosen_length
+    how = unpack_loss(numbers, names, choices), ignore_index, backend, debug
+    return *_dpo(logits, flat, cu_seqlens, per_pair, *how, rows, out), shaped
 
 
 def _fake_losses(logits, cu_seqlens):
@@ -249,13 +236,9 @@ def dpo_loss_(
     pair_weights: Tensor | None,
     label_smoothing: Tensor | None,
     mean_chosen_length: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    numbers: Tensor,
     names: str,
     choices: str,
-    numbers: Sequence[float],
-    ld_alpha: float | None,
     ignore_index: int,
     backend: str,
     debug: bool,
@@ -264,9 +247,9 @@ def dpo_loss_(
     check_targets(targets, logits.shape[-1], ignore_index, debug)
     rows, flat = flat_rows(logits, targets, ignore_index)
     assert rows.data_ptr() == logits.data_ptr()
-    per_pair, transform = (ref_logps, pair_weights, label_smoothing, mean_chosen_length), (scale, softcap, temperature)
-    how = (names, choices, numbers), ld_alpha, ignore_index, backend, debug
-    return _dpo(logits, flat, cu_seqlens, per_pair, transform, *how, rows, rows)
+    per_pair = ref_logps, pair_weights, label_smoothing, mean_chosen_length
+    how = unpack_loss(numbers, names, choices), ignore_index, backend, debug
+    return _dpo(logits, flat, cu_seqlens, per_pair, *how, rows, rows)
 
 
 @dpo_loss_.register_fake

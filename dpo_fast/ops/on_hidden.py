@@ -16,7 +16,7 @@ from .pair_inputs import (
     with_reference,
 )
 from .tiles import WORKSPACE_BYTES
-from .torch_library import unstacked
+from .torch_library import pack_numbers, unstacked
 from .vocab_parallel import local_head, vocab_parallel_token_logps
 
 
@@ -69,12 +69,12 @@ def linear_token_logps(
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     keep = "residual" if trained else "dh" if hidden.requires_grad else ""
     keep = keep if torch.is_grad_enabled() else ""
-    settings = float(logit_scale), softcap, float(temperature), ignore_index, ",".join(outputs)
+    settings = pack_numbers(logit_scale, softcap, temperature), ignore_index, ",".join(outputs)
     limits = workspace_bytes, backend or "", debug
 
     def score(hidden, targets, keep):
         if shard is not None:
-            transform = {"scale": settings[0], "softcap": softcap, "temperature": settings[2]}
+            transform = {"scale": float(logit_scale), "softcap": softcap, "temperature": float(temperature)}
             head = hidden, weight, targets, bias, shard, transform
             return vocab_parallel_token_logps(*head, ignore_index, tuple(outputs), *limits)
         return library.linear_token_logps(hidden, weight, targets, bias, *settings, keep, *limits)[:2]
@@ -196,8 +196,10 @@ def linear_dpo_loss(
     arguments.check_targets_like(targets, hidden, "hidden")
     count = arguments.check_sequences(hidden, "hidden", cu_seqlens, pairs=True)
     arguments.check_transform(logit_scale, softcap, temperature, outputs)
+    if shard is None:
+        ref_hidden, ref_weight, ref_bias = _local(ref_hidden, ref_weight, ref_bias, "ref_")
     _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias)
-    batch, transform = (targets, cu_seqlens, ignore_index), (float(logit_scale), softcap, float(temperature))
+    batch, transform = (targets, cu_seqlens, ignore_index), (logit_scale, softcap, temperature)
     limits = {"workspace_bytes": workspace_bytes, "backend": backend, "debug": debug}
     common = dict(zip(("logit_scale", "softcap", "temperature"), transform, strict=True)) | limits
     cut = {} if shard is None else {"process_group": shard.group, "vocab_size": shard.words}
@@ -237,9 +239,9 @@ def linear_dpo_loss(
     rows, flat, bounds = hidden, targets, cu_seqlens
     if cu_seqlens is None:
         rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        bounds = torch.arange(count + 1, dtype=torch.int32) * hidden.shape[1]
+        bounds = torch.arange(count + 1, dtype=torch.int32, device="cpu") * hidden.shape[1]
     values = (None if x is None else x.detach() for x in (rows, weight, flat, bias))
-    settings = *inputs.tensors, *transform, *inputs.loss, ",".join(outputs), needs
+    settings = *inputs.tensors, *inputs.loss(transform), ",".join(outputs), needs
     *found, stats, dh, dw, db = library.linear_dpo_loss(
         *values, bounds, *settings, workspace_bytes, backend or "", debug
     )
@@ -248,6 +250,13 @@ def linear_dpo_loss(
     )
     out = output_with_gradients(inputs, found, list(leaves), list(gradients), backend or "")
     return (out, _unstacked(stats, outputs, targets)) if outputs else out
+
+
+def _local(
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, of: str = ""
+) -> tuple[Tensor | None, ...]:
+    names = {"hidden": hidden, "weight": weight, "bias": bias}
+    return tuple(arguments.local(of + name, x) for name, x in names.items())
 
 
 def _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias) -> None:

@@ -8,7 +8,7 @@ from . import arguments
 from . import logits as library
 from .pair_inputs import output_of_token_logps, output_with_gradients, pair_inputs, sequence_lengths, sum_sequences
 from .rows import row_period
-from .torch_library import unstacked
+from .torch_library import pack_numbers, unstacked
 
 
 def token_logps(
@@ -37,7 +37,8 @@ def token_logps(
     logits = arguments.local("logits", logits)
     arguments.check_logits(logits, targets)
     arguments.check_transform(logit_scale, softcap, temperature, outputs)
-    options = ignore_index, float(logit_scale), softcap, float(temperature), ",".join(outputs), backend or "", debug
+    numbers = pack_numbers(logit_scale, softcap, temperature)
+    options = numbers, ignore_index, ",".join(outputs), backend or "", debug
     logps, _, stats = library.token_logps(logits, targets, *options)
     return (logps, unstacked(stats, outputs)) if outputs else logps
 
@@ -136,7 +137,7 @@ def dpo_loss(
     )
     if inplace:
         _check_inplace(logits)
-    transform = float(logit_scale), softcap, float(temperature)
+    transform = logit_scale, softcap, temperature
     needs = torch.is_grad_enabled() and logits.requires_grad
     if not needs or (logits.dtype == torch.float16 and not inplace):
         scale, cap, heat = transform
@@ -152,7 +153,7 @@ def dpo_loss(
         )
         return output_of_token_logps(inputs, logps, debug)
     values = logits.detach()
-    given = *inputs.tensors, *transform, *inputs.loss, backend or "", debug
+    given = *inputs.tensors, *inputs.loss(transform), backend or "", debug
     if inplace:
         found, gradient = library.dpo_loss_(values, targets, cu_seqlens, *given), values
     else:

@@ -35,10 +35,9 @@ class PairInputs:
         """The tensors that the library ops take, in their order."""
         return self.ref_logps, self.pair_weights, self.label_smoothing, self.mean_chosen_length
 
-    @property
-    def loss(self) -> tuple:
-        """The arguments that the library ops take after the transform of the logits."""
-        return *pack_loss(self.options), self.ld_alpha, self.ignore_index
+    def loss(self, transform: tuple[float, float | None, float]) -> tuple:
+        """What the library ops take after `tensors`; `transform` is scale, soft-cap and temperature of the logits."""
+        return *pack_loss(transform, self.ld_alpha, self.options), self.ignore_index
 
     @property
     def lengths(self) -> Tensor:
@@ -73,7 +72,8 @@ def pair_inputs(
     arguments.check_per_sequence("label_smoothing", soft, count // 2, rows.device)
     if isinstance(mean_chosen_length, int | float):
         require(mean_chosen_length > 0, lambda: f"mean_chosen_length is {mean_chosen_length}: give a number above 0")
-        mean_chosen_length = torch.full((), mean_chosen_length, dtype=torch.float64, device=rows.device)
+        # Not torch.full, which torch.compile would compile again for each value.
+        mean_chosen_length = torch.ones((), dtype=torch.float64, device=rows.device) * mean_chosen_length
     useless = ref_logps is not None and options.reference_free
     require(not useless, lambda: f"loss_type {options.loss_type!r} takes no ref_logps: leave them out")
     tensors = (None if x is None else x.detach() for x in (ref_logps, pair_weights, soft))

@@ -9,27 +9,30 @@ from torch import Tensor
 from ..backends.eager import rows_within, whole_steps
 from ..backends.sequences import past_shorter_weights, scored_lengths, segment_ids, segment_sum
 from ..losses import LossOptions, loss_and_coefficients
+from .torch_library import pack_numbers, unpack_numbers
 
 _NUMBERS = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma", "sft_weight")
 _CHOICES = ("f_divergence_type", "sft_mean")
 
 
-def pack_loss(options: LossOptions) -> tuple[str, str, list[float]]:
-    """The options as strings and numbers, which the schema of an op can hold."""
-    numbers = [float(getattr(options, name)) for name in _NUMBERS] + options.weights
+def pack_loss(transform: tuple, ld_alpha: float | None, options: LossOptions) -> tuple[Tensor, str, str]:
+    """The options as what the schema of an op can hold: a tensor of the numbers, and strings."""
+    numbers = [getattr(options, name) for name in _NUMBERS] + options.weights
     choices = [getattr(options, name) for name in _CHOICES] + ["average"] * options.average_log_prob
-    return ",".join(options.names), ",".join(choices), numbers
+    return pack_numbers(*transform, ld_alpha, *numbers), ",".join(options.names), ",".join(choices)
 
 
-def unpack_loss(names: str, choices: str, numbers: list[float]) -> LossOptions:
-    """The options that `pack_loss` packed."""
+def unpack_loss(numbers: Tensor, names: str, choices: str) -> tuple[list, float | None, LossOptions]:
+    """What `pack_loss` packed."""
+    scale, softcap, temperature, ld_alpha, *others = unpack_numbers(numbers)
     count = len(_NUMBERS)
-    values = dict(zip(_NUMBERS, numbers[:count], strict=True))
+    values = dict(zip(_NUMBERS, others[:count], strict=True))
     *chosen, average = [*choices.split(","), ""][: len(_CHOICES) + 1]
     values |= dict(zip(_CHOICES, chosen, strict=True))
-    return LossOptions(
-        names.split(","), loss_weights=list(numbers[count:]), average_log_prob=average == "average", **values
+    options = LossOptions(
+        names.split(","), loss_weights=others[count:], average_log_prob=average == "average", **values
     )
+    return [scale, softcap, temperature], ld_alpha, options
 
 
 class PairBatch:

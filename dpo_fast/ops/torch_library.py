@@ -7,6 +7,7 @@ backward it returns them, multiplied on the device by the gradient of the loss.
 import functools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,25 @@ def once_differentiable(backward: Callable) -> Callable:
         return tuple(refused(x) for x in found)
 
     return first
+
+
+def pack_numbers(*values: float | None) -> Tensor:
+    """Options as one float64 tensor on the CPU, None as NaN: torch.compile takes a tensor as an input of the graph.
+
+    A number in the schema of an op would be a constant of it, compiled again for each value. To read the tensor inside of
+    an op is no wait for a device.
+    """
+    numbers = [float("nan") if x is None else float(x) for x in values]
+    if torch.compiler.is_compiling():
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        # A product is what torch.compile can trace with a number that varies.
+        return torch.stack([one * x for x in numbers])
+    return torch.from_numpy(np.array(numbers, dtype=np.float64))
+
+
+def unpack_numbers(packed: Tensor) -> list[float | None]:
+    """What `pack_numbers` packed."""
+    return [None if x != x else x for x in packed.tolist()]
 
 
 def split_names(outputs: str) -> tuple[str, ...]:
