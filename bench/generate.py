@@ -1,6 +1,6 @@
 """Time of N completions per prompt: one prefill whose cache is repeated, beside transformers' `num_return_sequences`.
 
-    python -m bench.generate --model FOLDER --prompts FILE [--num_generations 8] [--prompt_tokens 256]
+    python -m bench.generate --model FOLDER --prompts FILE [--count 4] [--num_generations 8] [--max_new_tokens 32]
 
 Both sample at temperature 1 from the whole vocabulary and never end early (no id ends a sequence), so both compute the
 same number of tokens. The two take turns, and medians are reported.

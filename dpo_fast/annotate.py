@@ -89,8 +89,7 @@ def run(argv: list[str]) -> None:
 
 def _serve(store: LabelStore, people: list[str], options: PageOptions, args: argparse.Namespace) -> None:
     def finished() -> bool:
-        counts = store.counts(options.labels_per_pair, limit=options.limit)
-        return counts["done"] >= counts["wanted"]
+        return not store.waiting(people, options.labels_per_pair, limit=options.limit)
 
     if args.labels_per_pair > len(people):
         print(

@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     read.add_argument("--labels", default="labels.sqlite", help="labels file; made if absent (%(default)s)")
     read.add_argument("--layout", choices=tuple(LAYOUTS), help="of the file (recognised by default)")
     read.add_argument(
+        "--completions",
+        nargs="+",
+        metavar="NAME",
+        help="fields with completions, the left one first (found by default)",
+    )
+    read.add_argument(
         "--annotator", default="imported", help="who gave labels in a file that does not say (%(default)s)"
     )
     return made
@@ -49,7 +55,9 @@ def run(argv: list[str]) -> None:
     """Run one of the three commands. Raises ValueError or OSError for what a user can mend."""
     args = parser().parse_args(argv)
     if args.command == "import":
-        import_labels(args.input, args.labels, layout=args.layout, annotator=args.annotator)
+        import_labels(
+            args.input, args.labels, layout=args.layout, annotator=args.annotator, completions=args.completions
+        )
         return
     with LabelStore(args.labels) as store:
         if args.command == "agreement":

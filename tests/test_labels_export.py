@@ -75,6 +75,16 @@ def test_labels_that_are_all_equal_all_ties_or_none():
         posteriors([label(1, "x", "a")], "vote")
 
 
+@pytest.mark.parametrize("names", [("x",), ("x", "y", "z")])
+def test_with_one_label_per_pair_there_is_nothing_to_model(names):
+    """Whoever gave it: nobody can be compared with anybody, so each label is believed and a tie stays a tie."""
+    choices = "aabbbatb"
+    labels = [label(i, names[i % len(names)], {"t": "tie"}.get(c, c)) for i, c in enumerate(choices)]
+    wanted = {str(i): {"a": 1.0, "b": 0.0, "t": 0.5}[c] for i, c in enumerate(choices)}
+    for method in ("majority", "dawid_skene"):
+        assert posteriors(labels, method) == pytest.approx(wanted, abs=1e-6)
+
+
 def krippendorff(labels):
     """Nominal alpha from the coincidence matrix, written out (Krippendorff 2011, section C)."""
     units = defaultdict(list)
@@ -211,18 +221,35 @@ ARGILLA_1 = {
         {"user_id": "u2", "status": "discarded", "values": {"best": {"value": "first"}}},
     ],
 }
+# As Record.to_dict and to_list(flatten=True) of argilla 2.8 make it: columns of the record and metadata beside the fields.
 ARGILLA_FLAT = {
-    "prompt": "q", "response-1": "one", "response-2": "two", "preference.responses": ["1", "tie"],
-    "preference.responses.users": ["u1", "u2"],
+    "id": "r1", "status": "completed", "_server_id": "s1", "model": "m", "prompt": "q", "response-1": "one",
+    "response-2": "two", "preference.responses": ["1", "tie", "2", "2"], "comment.responses": None,
+    "preference.responses.users": ["u1", "u2", "u3", "u4"],
+    "preference.responses.status": ["submitted", "submitted", "discarded", "draft"], "preference.suggestion": "2",
 }  # fmt: skip
 LABEL_STUDIO = {
     "data": {"prompt": "q", "answer1": "one", "answer2": "two"},
     "annotations": [
         {"completed_by": 7, "lead_time": 3.5,
          "result": [{"type": "pairwise", "to_name": "answer2,answer1", "value": {"selected": "left"}}]},
+        {"completed_by": 9, "result": [{"type": "pairwise", "value": {"selected": "none"}}]},
         {"completed_by": {"email": "x@y"}, "result": [{"type": "pairwise", "value": {"selected": "left"}}]},
         {"completed_by": 8, "was_cancelled": True, "result": [{"type": "pairwise", "value": {"selected": "left"}}]},
     ],
+}  # fmt: skip
+
+
+# As the editor makes it (Pairwise.jsx): the tag's own name in to_name; other texts may lie in the task's data.
+LABEL_STUDIO_TAG = {
+    "id": 1, "project": 83, "data": {"source": "web", "question": "q", "text1": "one", "text2": "two"},
+    "annotations": [
+        {"id": 5, "completed_by": 7, "was_cancelled": False, "ground_truth": False, "lead_time": 4.3, "task": 1,
+         "result": [{"id": "Dx", "from_name": "pw", "to_name": "pw", "type": "pairwise", "origin": "manual",
+                     "value": {"selected": "right"}},
+                    {"id": "Dy", "from_name": "why", "to_name": "text1", "type": "textarea", "value": {"text": ["x"]}}]},
+    ],
+    "predictions": [],
 }  # fmt: skip
 
 
@@ -234,6 +261,7 @@ LABEL_STUDIO = {
         (ARGILLA_1, "argilla", {("u1", "two", "one")}),
         (ARGILLA_FLAT, "argilla", {("u1", "one", "two"), ("u2", "tie", "one")}),
         (LABEL_STUDIO, "label_studio", {("7", "two", "one"), ("x@y", "one", "two")}),
+        (LABEL_STUDIO_TAG, "label_studio", {("7", "two", "one")}),
         ({"prompt": "q", "chosen": "two", "rejected": "one"}, "pairs", {("imported", "two", "one")}),
         ({"prompt": "q", "completions": ["one", "two"], "ranks": [1, 0]}, "pairs", {("imported", "two", "one")}),
     ],
@@ -263,6 +291,13 @@ def test_what_cannot_be_imported(tmp_path):
     path.write_text(json.dumps(LABEL_STUDIO | {"annotations": []}) + "\n")
     with pytest.raises(ValueError, match="holds no vote"):
         import_labels(str(path), labels, log=quiet)
+    unnumbered = {"data": {"prompt": "q", "first": "x", "second": "y", "source": "web"}}
+    path.write_text(json.dumps(LABEL_STUDIO_TAG | unnumbered))
+    with pytest.raises(ValueError, match="which two of first, second, source were compared"):
+        import_labels(str(path), str(tmp_path / "new.sqlite"), log=quiet)
+    with pytest.raises(ValueError, match="without the text third: its texts are first, second, source"):
+        import_labels(str(path), str(tmp_path / "new.sqlite"), completions=["third"], log=quiet)
+    assert import_labels(str(path), str(tmp_path / "new.sqlite"), completions=["first", "second"], log=quiet) == 1
     path.write_text('{"fields": ')
     with pytest.raises(ValueError, match="neither JSON"):
         import_labels(str(path), labels, log=quiet)

@@ -149,6 +149,19 @@ def test_a_skip_is_no_label_and_does_not_come_back(store):
     assert showing.item.id in {store.show("bob").item.id}
 
 
+def test_nobody_is_waited_for_who_skipped(store):
+    assert store.waiting(["ann", "bob"]) == 4
+    store.label_showing("ann", store.show("ann").token, "skip")
+    assert (store.waiting(["ann"]), store.waiting(["ann", "bob"])) == (3, 4)
+    store.label_showing("bob", store.show("bob").token, "skip")
+    assert store.waiting(["ann", "bob"]) == 3  # both skipped the same one
+    while showing := store.show("ann"):
+        store.label_showing("ann", showing.token, "left")
+    assert store.waiting(["ann", "bob"]) == 0
+    assert (store.waiting(["ann"], 2), store.waiting(["ann", "bob"], 2)) == (0, 3)
+    assert store.waiting(["ann", "bob"], 2, limit=2) == 1
+
+
 def test_a_pair_left_open_is_given_to_another(store, monkeypatch):
     left_open = store.show("ann")
     monkeypatch.setattr(store_module, "SHOWN_SECONDS", -1)

@@ -12,7 +12,8 @@ def posteriors(labels: Sequence[Label], method: str = "dawid_skene") -> dict[str
 
     method   "majority" takes the share of the votes. "dawid_skene" takes the posterior of the model of Dawid and Skene
              (1979), in which each annotator has a table of how often they give each label for each true one. Every pair
-             enters a second time with its sides exchanged, since it means nothing which completion is called `a`.
+             enters a second time with its sides exchanged, since it means nothing which completion is called `a`. Where
+             no pair has two labels, nobody can be compared with anybody, and the labels are taken as they are.
 
     Raises ValueError for an unknown method and when there is no label.
     """
@@ -25,7 +26,8 @@ def posteriors(labels: Sequence[Label], method: str = "dawid_skene") -> dict[str
     from crowdkit.aggregation import DawidSkene, MajorityVote
 
     columns = ["task", "worker", "label"]
-    if method == "majority":
+    compared = len(votes) > len({item for item, _, _ in votes})
+    if method == "majority" or not compared:
         shares = MajorityVote().fit_predict_proba(pandas.DataFrame(votes, columns=columns))
     else:
         both = [((item, True), who, vote) for item, who, vote in votes]

@@ -8,7 +8,7 @@ _EXTRA = ("fastapi", "uvicorn", "crowdkit", "matplotlib", "transformers", "peft"
 
 
 def run_command(run: Callable[[list[str]], None], argv: list[str] | None) -> int:
-    """Call `run(argv)` and return the exit status: 0, or 2 after an error, which is printed."""
+    """Call `run(argv)` and return the exit status: 0, 2 after an error, which is printed, or 130 after Ctrl-C."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
@@ -20,6 +20,9 @@ def run_command(run: Callable[[list[str]], None], argv: list[str] | None) -> int
         text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
     except (ValueError, ImportError) as error:
         text = str(error)
+    except KeyboardInterrupt:
+        print("dpo_fast: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
     else:
         return 0
     print(f"dpo_fast: error: {' '.join(text.split())}", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from ..demo.questions import POLITE, TERSE, byte_tokenizer, judge_style, make_questions, pair
+from ..demo.questions import POLITE, TERSE, byte_tokenizer, judge_style, make_questions
 from ..demo.stages import Settings as DemoSettings
 from ..demo.stages import make_model, make_trainer, one_thread
 from .items import read_candidates
@@ -27,24 +27,32 @@ def politeness(prompt: str, completion: str) -> float:
 
 
 def demonstrate(
-    output_dir: str = "runs/loop_demo", rounds: int = 3, hidden_size: int = 128, sft_epochs: float = 6
-) -> list[dict]:
-    """Run the demonstration and return the metrics of the start and of each round. A second call goes on or shows it again."""
+    output_dir: str = "runs/loop_demo",
+    rounds: int = 3,
+    *,
+    questions: int = 240,
+    hidden_size: int = 128,
+    sft_epochs: float = 6,
+) -> list[float]:
+    """Run the demonstration, and return the share of polite answers to held-out questions at the start and after each round.
+
+    A quarter of the `questions` is held out. A second call goes on where the first one ended, or shows it again.
+    """
     began, folder = time.perf_counter(), Path(output_dir)
     print("dpo_fast loop: sample, prefer, train, and again. All on this machine's CPU.")
     folder.mkdir(parents=True, exist_ok=True)
-    train, _ = make_questions()
     prompts = folder / "questions.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": q.prompt}) + "\n" for q in train[:240]))
+    asked = make_questions()[0][:questions]
+    prompts.write_text("".join(json.dumps({"prompt": q.prompt}) + "\n" for q in asked))
     with one_thread():
         if not (folder / "model").is_dir():
-            _first_model(folder, train, hidden_size, sft_epochs)
+            _first_model(folder, asked, hidden_size, sft_epochs)
         settings = Settings(
             model=str(folder / "model"),
             prompts=str(prompts),
             output_dir=str(folder / "loop"),
             rounds=rounds,
-            heldout=60,
+            heldout=questions // 4,
             generate=GenerateSection(num_generations=4, max_new_tokens=48, batch_size=256),
             annotate=AnnotateSection(judge=politeness, max_pairs=400),
             train={
@@ -52,7 +60,7 @@ def demonstrate(
                 "beta": 0.5,
                 "learning_rate": 1e-4,
                 "per_device_train_batch_size": 16,
-                "num_train_epochs": 1,
+                "num_train_epochs": 2,
                 "gradient_checkpointing": False,
                 "disable_tqdm": True,
                 "dataloader_pin_memory": False,
@@ -65,7 +73,7 @@ def demonstrate(
     print(f"\npolite answers to held-out questions: {' -> '.join(f'{share:.0%}' for share in shares)}")
     print(f"time {time.perf_counter() - began:.0f} s; the best round's model is {settings.folder / 'best'}")
     print(f"Look at the report in a browser: {(settings.folder / 'report.html').absolute().as_uri()}")
-    return history
+    return shares
 
 
 def _brief(text: str) -> None:
@@ -85,7 +93,9 @@ def _first_model(folder: Path, questions, hidden_size: int, epochs: float) -> No
     set_seed(0)
     settings = DemoSettings(output_dir=str(folder / "sft"), hidden_size=hidden_size)
     model = make_model(settings, tokenizer)
-    rows = [pair(question, style) for question in questions for style in (TERSE, TERSE, TERSE, POLITE)]
+    # The loss `sft` does not read what is rejected, so that is as short as can be.
+    answers = [(q.prompt, q.styled(style)) for q in questions for style in (TERSE, TERSE, TERSE, POLITE)]
+    rows = [{"prompt": prompt, "chosen": answer, "rejected": "-"} for prompt, answer in answers]
     options = {"loss_type": "sft", "learning_rate": 2e-3, "num_train_epochs": epochs}
     trainer = make_trainer("sft", model, tokenizer, settings, rows, **options)
     trainer.train()

@@ -1,12 +1,18 @@
 """Labels that were given elsewhere: pairs and rankings in any layout of the trainer, Argilla's and Label Studio's exports.
 
 Each reader yields votes: (annotator, prompt, text a, text b, choice "a", "b" or "tie", seconds or None).
+
+Argilla 2.8 writes `records.to_json` (and `to_list`, `to_list(flatten=True)`) as its records/_io/_generic.py and
+records/_resource.py say; flat records have the record's own columns and its metadata beside the fields. Label Studio's JSON
+export is described at labelstud.io/guide/task_format. The result of a `Pairwise` tag names the tag itself in `to_name`
+(tags/control/Pairwise.jsx), so the texts are found by their names in the task's data.
 """
 
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..data.sources import load_pairs
@@ -16,6 +22,7 @@ from .store import SIDES, Label, LabelStore
 
 Vote = tuple[str, str | list[dict], str, str, str, float | None]
 _PROMPTS = ("prompt", "instruction", "question", "input", "text")
+_RECORD = ("id", "_server_id", "status", "score")  # columns of a flat Argilla record that are no fields
 
 
 def import_labels(
@@ -24,6 +31,7 @@ def import_labels(
     *,
     layout: str | None = None,
     annotator: str = "imported",
+    completions: Sequence[str] | None = None,
     log: Callable[[str], None] = print,
 ) -> int:
     """Read votes into a labels file, and return the number of labels that are new.
@@ -31,13 +39,19 @@ def import_labels(
     A labels file that does not exist is made, with a candidates file beside it (`labels` + ".candidates.jsonl").
     layout      "pairs", "argilla" or "label_studio"; None recognises it
     annotator   the name for labels in a file that does not name annotators
+    completions names of the fields that hold completions, the left one first; None takes all texts beside the prompt, or
+                those of them whose names differ in a last number or letter (response_1, response_2)
 
     Raises ValueError for a file without votes, and for votes on completions that the labels file does not have.
     """
     layout = layout or recognise(path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
-    votes = list(LAYOUTS[layout](path, annotator))
+    if completions is not None and layout == "pairs":
+        raise ValueError(
+            "completions has no effect on pairs: it names the fields of Argilla's and Label Studio's exports"
+        )
+    votes = list(LAYOUTS[layout](path, annotator, completions))
     if not votes:
         raise ValueError(f"{path} holds no vote on two completions (read as {layout})")
     if not Path(labels).exists():
@@ -109,24 +123,40 @@ def _records(path: str) -> list[dict]:
     return value
 
 
-def _read_pairs(path: str, annotator: str) -> Iterator[Vote]:
+def _read_pairs(path: str, annotator: str, _: None) -> Iterator[Vote]:
     for row in load_pairs(path, log=lambda _: None).rows:
         yield annotator, row["prompt"], completion_text(row["chosen"]), completion_text(row["rejected"]), "a", None
 
 
-def _prompt_and_texts(fields: dict, path: str) -> tuple[str | list[dict], dict[str, str]]:
-    """The prompt, and the other text fields by name."""
+def _prompt_and_texts(
+    fields: dict, path: str, completions: Sequence[str] | None
+) -> tuple[str | list[dict], dict[str, str]]:
+    """The prompt, and the completions by the names of their fields."""
     name = next((name for name in _PROMPTS if name in fields), None)
     if name is None:
         raise ValueError(f"{path} has a record without a prompt: its fields are {', '.join(fields)}")
     texts = {key: text for key, text in fields.items() if key != name and isinstance(text, str)}
+    if completions is not None:
+        lacking = [key for key in completions if key not in texts]
+        if lacking:
+            raise ValueError(f"{path} has a record without the text {lacking[0]}: its texts are {', '.join(texts)}")
+        return fields[name], {key: texts[key] for key in completions}
+    if len(texts) > 2:
+        stems = Counter(map(_stem, texts))
+        numbered = {key: text for key, text in texts.items() if _stem(key) and stems[_stem(key)] > 1}
+        texts = numbered or texts
     return fields[name], texts
 
 
-def _read_label_studio(path: str, annotator: str) -> Iterator[Vote]:
-    """Votes of a project's JSON export; its <Pairwise toName="NAME1,NAME2"/> tag must hold names of the data's fields."""
+def _stem(name: str) -> str:
+    """A field's name without its last number or letter: of response_1, response-a and answer2."""
+    return re.sub(r"([_-][a-zA-Z]|[_-]?\d+)$", "", name)
+
+
+def _read_label_studio(path: str, annotator: str, completions: Sequence[str] | None) -> Iterator[Vote]:
+    """Votes of the JSON export of a project with a <Pairwise> tag; the left text is the first of the two in the data."""
     for record in _records(path):
-        prompt, texts = _prompt_and_texts(record["data"], path)
+        prompt, texts = _prompt_and_texts(record["data"], path, completions)
         for annotation in record["annotations"]:
             for result in annotation.get("result", ()):
                 if result.get("type") != "pairwise" or annotation.get("was_cancelled"):
@@ -134,18 +164,22 @@ def _read_label_studio(path: str, annotator: str) -> Iterator[Vote]:
                 names = [name for name in str(result.get("to_name", "")).split(",") if name in texts]
                 names = names if len(names) == 2 else list(texts)
                 if len(names) != 2:
-                    raise ValueError(f"{path}: which two of {', '.join(texts)} were compared? to_name must say it")
-                choice = {"left": "a", "right": "b"}.get(result.get("value", {}).get("selected"), "tie")
+                    raise ValueError(
+                        f"{path}: which two of {', '.join(texts)} were compared? Name them, the left one first (--completions)"
+                    )
+                choice = {"left": "a", "right": "b"}.get(result.get("value", {}).get("selected"))
+                if choice is None:
+                    continue  # an older version's "none": nothing was selected
                 by = annotation.get("completed_by", annotator)
                 by = str(by.get("email", by.get("id", annotator)) if isinstance(by, dict) else by)
                 yield by, prompt, texts[names[0]], texts[names[1]], choice, annotation.get("lead_time")
 
 
-def _read_argilla(path: str, annotator: str) -> Iterator[Vote]:
+def _read_argilla(path: str, annotator: str, completions: Sequence[str] | None) -> Iterator[Vote]:
     """Votes of records with fields and responses, nested or flat: of a ranking, or of a label that names the better field."""
     for record in _records(path):
-        fields = record.get("fields") or {key: value for key, value in record.items() if "." not in key}
-        prompt, texts = _prompt_and_texts(fields, path)
+        flat = {key: value for key, value in record.items() if "." not in key and key not in _RECORD}
+        prompt, texts = _prompt_and_texts(record.get("fields") or flat, path, completions)
         for who, value in _argilla_responses(record, annotator):
             for first, second, choice in _argilla_choices(value, list(texts)):
                 yield who, prompt, texts[first], texts[second], choice, None
@@ -161,9 +195,10 @@ def _argilla_responses(record: dict, annotator: str) -> Iterator[tuple[str, obje
             for value in answer.get("values", {}).values():
                 yield str(answer.get("user_id", annotator)), value.get("value")
     for key in [key for key in record if key.endswith(".responses")]:  # Argilla 2, flat
-        values, users = record[key] or (), record.get(f"{key}.users")
+        values, users, states = record[key] or (), record.get(f"{key}.users"), record.get(f"{key}.status")
         for i, value in enumerate(values):
-            yield (str(users[i]) if users else annotator), value
+            if not states or states[i] in (None, "submitted"):
+                yield (str(users[i]) if users else annotator), value
 
 
 def _argilla_choices(value, names: list[str]) -> Iterator[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -225,6 +226,18 @@ class LabelFile:
             "wanted": labels_per_pair * len(wanted),
             "done": sum(min(count, labels_per_pair) for count in per_item.values()),
         }
+
+    def waiting(self, people: Sequence[str], labels_per_pair: int = 1, *, limit: int | None = None) -> int:
+        """How many of the first `limit` training pairs lack a label that one of `people` could still give.
+
+        Who labelled or skipped a pair is not asked about it again, so a pair that all of them skipped is not counted.
+        """
+        given, asked = defaultdict(int), {name: self.labelled_by(name) for name in people}
+        persons = {name for name, kind in self.annotators().items() if kind == "person"}
+        for label in self.labels("train"):
+            given[label.item] += label.annotator in persons and label.choice != "skip"
+        open_pairs = [item.id for item in self.items("train")[:limit] if given[item.id] < labels_per_pair]
+        return sum(any(key not in done for done in asked.values()) for key in open_pairs)
 
 
 def _row(item: Item, position: int) -> tuple:

@@ -113,7 +113,7 @@ def prompt_text(prompt: str | list[dict]) -> str:
 
 
 def _post(address: str, body: dict, timeout: float, api_key: str | None) -> str:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key.strip()}"} if api_key else {})
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     for attempt in range(TRIES):
         try:

@@ -22,7 +22,7 @@ from ..data.prompts import load_prompts
 from .candidates import Prompt, write_whole
 from .engines import check_name, folder_fingerprint, load, open_engine
 from .generation import generate
-from .items import read_candidates
+from .items import read_candidates, read_gold
 from .judges import Judge, make_judge
 from .labelling import label_round
 from .limits import warnings
@@ -42,9 +42,14 @@ def run_loop(settings: Settings, log: Callable[[str], None] = print) -> list[dic
     another process works in it, and whatever the steps raise.
     """
     check_name(settings.model)
-    judge = make_judge(settings.annotate.judge) if settings.annotate.judge is not None else None
+    annotate = settings.annotate
+    judge = make_judge(annotate.judge, **annotate.judge_options()) if annotate.judge is not None else None
     folder = settings.folder
     training_options(settings, settings.model, folder / "pairs.jsonl", folder / "checkpoints")
+    if annotate.gold:
+        read_gold(annotate.gold)
+    if annotate.guidelines:
+        Path(annotate.guidelines).read_text()
     prompts = load_prompts(settings.prompts, log=log)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -178,7 +183,7 @@ def _one_round(settings: Settings, judge, number: int, prompts, history, log) ->
     part.mkdir(exist_ok=True)
     sampling = settings.generate.sampling(settings.seed)
     _sample(settings, before, part / "candidates.jsonl", prompts, sampling, number, log)
-    pairs, heldout = label_round(settings, part, log)
+    pairs, heldout = label_round(settings, part, before if number > 1 else None, log)
     new = len(pairs)
     for earlier in range(max(1, number - settings.replay), number):
         pairs += _new_pairs(round_folder(settings, earlier))

@@ -17,6 +17,7 @@ from .aggregate import METHODS
 from .sampling import Sampling
 
 REFERENCES = ("round", "start")
+SELECTIONS = ("random", "margin")
 # Options that the loop decides itself, which therefore cannot be under `train`.
 _OURS = ("model_name_or_path", "dataset_name", "datasets", "output_dir", "eval_dataset_name", "test_split_size")
 
@@ -48,18 +49,31 @@ class GenerateSection:
 class AnnotateSection:
     """Who labels: a judge (loop/judges.py; or a function), people on a page, or people with a judge for held-out pairs.
 
-    `max_pairs` training pairs and `max_heldout_pairs` held-out ones are labelled per round (None: all).
+    `max_pairs` training pairs and `max_heldout_pairs` held-out ones are labelled per round (None: all). `select` says
+    which training pairs come first: "random" or "margin" (small implicit margin of the round's first model against the
+    loop's first one, loop/selection.py). `gold` is a file of pairs with a known answer; one question in `gold_every` is
+    of these. `judge_template` and `judge_api_key` are files for an llm judge.
     """
 
     judge: str | Callable | None = None
+    judge_template: str | None = None
+    judge_api_key: str | None = None
     annotators: list[str] = dataclasses.field(default_factory=list)
     labels_per_pair: int = 1
     max_pairs: int | None = None
     max_heldout_pairs: int | None = None
+    select: str | None = None
+    gold: str | None = None
+    gold_every: int = 10
     guidelines: str | None = None
     host: str = "127.0.0.1"
     port: int = 8421
     token: str | None = None
+
+    def judge_options(self) -> dict[str, str]:
+        """Options of `run_judge` beside the spec. Raises OSError for a file that is not there."""
+        files = {"template": self.judge_template, "api_key": self.judge_api_key}
+        return {name: Path(file).read_text() for name, file in files.items() if file is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +148,35 @@ class Settings:
             raise ValueError(f"heldout={self.heldout:g} is neither a share below 1 nor a number of prompts")
         if self.labels.method not in METHODS:
             raise ValueError(f"labels: method={self.labels.method!r} is not one of {', '.join(METHODS)}")
-        if self.annotate.judge is None and not self.annotate.annotators:
-            raise ValueError("nobody prefers: name a judge or annotators in the section annotate")
+        self._check_annotate()
         for name in _OURS:
             if name in self.train:
                 raise ValueError(f"train: {name} is decided by the loop: leave it out")
         self.generate.sampling(self.seed)
+
+    def _check_annotate(self) -> None:
+        given, names = self.annotate, self.annotate.annotators
+        if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"annotate: annotators must be a list of names, found {names!r}")
+        if given.judge is None and not names:
+            raise ValueError("nobody prefers: name a judge or annotators in the section annotate")
+        if len(set(names)) < len(names):
+            raise ValueError(f"annotate: a name comes twice in annotators: {', '.join(names)}")
+        if names and given.labels_per_pair > len(names):
+            raise ValueError(
+                f"annotate: labels_per_pair={given.labels_per_pair} needs that many annotators, {len(names)} are named"
+            )
+        if given.select not in (None, *SELECTIONS):
+            raise ValueError(
+                f"annotate: select={given.select!r} is not one of {', '.join(SELECTIONS)} (disagreement needs labels that "
+                "are there already, as python -m dpo_fast.annotate has them)"
+            )
+        for name, least in (("labels_per_pair", 1), ("gold_every", 1), ("max_pairs", 1), ("max_heldout_pairs", 1)):
+            value = getattr(given, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"annotate: {name} must be a whole number of at least {least}, found {value!r}")
+        if (given.gold is not None or given.guidelines is not None) and not names:
+            raise ValueError("annotate: gold and guidelines have no effect without annotators")
 
     @property
     def folder(self) -> Path:
@@ -153,7 +190,7 @@ class Settings:
         values["annotate"]["judge"] = getattr(judge, "__qualname__", judge)
         for name in ("output_dir", "rounds", "patience", "limits"):
             del values[name]
-        for name in ("guidelines", "host", "port", "token"):
+        for name in ("guidelines", "host", "port", "token", "judge_api_key"):
             del values["annotate"][name]
         return values
 
