@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from ..backends.eager import TILE_BYTES
 from ..data.pairs import PairDataset
 from ..forest.gate import Plan, base_model
 from ..forest.packing import pair_tokens
-from ..ops import WORKSPACE_BYTES
 from .config import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def choose(model, ref_model, plan: Plan, args: DPOConfig, data: PairDataset | No
     elif how is None and _of_fsdp(args):
         how, why = False, "FSDP does it"
     elif how is None:
-        how, why = _fits_not(model, ref_model, plan, args, data, share, sharded)
+        how, why = _by_memory(model, ref_model, plan, args, data, share, sharded)
     args.gradient_checkpointing = args.activation_checkpointing = how  # the older and the newer name
     sentence = f"gradient checkpointing is {'on' if how else 'off'}: {why}"
     logger.info("%s", sentence)
@@ -50,17 +50,17 @@ def _of_fsdp(args: DPOConfig) -> bool:
     return str(own).lower() == "true" or os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
 
 
-def _fits_not(model, ref_model, plan, args, data, share, sharded) -> tuple[bool, str]:
+def _by_memory(model, ref_model, plan, args, data, share, sharded) -> tuple[bool, str]:
     ranks = args.world_size if sharded else 1
     rows, longest = most_rows(data, args, share, padded=plan.path == "padded")
-    size = 2 if args.bf16 or args.fp16 else next(base_model(model).parameters()).element_size()
+    size = 2 if args.bf16 or args.fp16 else max(p.element_size() for p in base_model(model).parameters())
     kept = activation_bytes(model, rows, size, longest)
     free = free_bytes(args.device)
     if free is None:
         return True, f"the free memory of {args.device} is not known"
     if args.device.type == "cpu":
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    left = SPARE * free - state_bytes(model, ref_model, args, ranks)
+    left = SPARE * free - state_bytes(model, ref_model, args, ranks) - head_bytes(model, args, rows, size)
     on = _any_rank(kept > left, args.device)
     more = " on some rank" if on and kept <= left else ""
     return on, (
@@ -83,17 +83,15 @@ def activation_bytes(model, rows: int, size: int, longest: int) -> float:
     model = base_model(model)
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    sides = 0
-    for p in _trunk_matrices(model):
-        sides += sum(p.shape[-2:]) * (experts if p.ndim == 3 else 1)
+    sides = sum(n * (experts if p.ndim == 3 else 1) for p, n in _trunk_matrices(model))
     scores = 0
     if _is_written_out(model):
-        scores = rows * 2 * longest * config.num_attention_heads * config.num_hidden_layers
+        scores = rows * 2 * longest * getattr(config, "num_attention_heads", 0) * config.num_hidden_layers
     return rows * sides * _PER_SIDE[size] + scores * _PER_SCORE
 
 
 def state_bytes(model, ref_model, args: DPOConfig, ranks: int) -> float:
-    """What a training step needs beside activations and is not on the device yet; weights are divided by `ranks`."""
+    """What a training step needs of weights and is not on the device yet; `ranks` share it where they shard."""
     trained = [p for p in model.parameters() if p.requires_grad]
     # Gradients; AdamW's two float32 numbers; beside weights of half precision a float32 master and its gradient.
     states = sum(
@@ -103,10 +101,17 @@ def state_bytes(model, ref_model, args: DPOConfig, ranks: int) -> float:
     states += sum(p.numel() * p.element_size() for p in missing if p.device.type != args.device.type)
     bare, half = base_model(model), args.bf16 or args.fp16
     # Autocast keeps a copy of each matrix.
-    copies = sum(2 * p.numel() for p in _trunk_matrices(bare) if p.element_size() > 2) if half else 0
-    head = bare.get_output_embeddings().weight
-    of_head = head.numel() * 4 + args.workspace_bytes if head.requires_grad else WORKSPACE_BYTES // 4
-    return states / ranks + copies + of_head
+    copies = sum(2 * p.numel() for p, _ in _trunk_matrices(bare) if p.element_size() > 2) if half else 0
+    return states / ranks + copies
+
+
+def head_bytes(model, args: DPOConfig, rows: int, size: int) -> int:
+    """What the head holds of `rows` rows: logits as far as they are kept, and a float32 gradient where it is trained."""
+    weight = base_model(model).get_output_embeddings().weight
+    logits = rows * weight.shape[0] * size
+    if weight.requires_grad:
+        return weight.numel() * 4 + min(logits, args.workspace_bytes)
+    return min(logits, max(TILE_BYTES.values()))
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -131,11 +136,21 @@ def _cgroup_room() -> list[int]:
         return []
 
 
-def _trunk_matrices(model) -> list[torch.nn.Parameter]:
-    """Matrices that each row is multiplied by, of experts all in one; without embeddings, head and adapters."""
+def _trunk_matrices(model) -> list[tuple[torch.nn.Parameter, int]]:
+    """Each matrix that rows are multiplied by, with its rows plus columns; no embedding, no head, no adapter.
+
+    The experts of a layer are one parameter of three dimensions. A quantised weight may be packed, so that only its module
+    knows its sizes.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables.add(id(model.get_output_embeddings().weight))
-    return [p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in tables and "lora_" not in name]
+    found = []
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None and p.ndim > 1 and id(p) not in tables and "lora_" not in name:
+                packed = hasattr(module, "in_features")
+                found.append((p, module.in_features + module.out_features if packed else sum(p.shape[-2:])))
+    return found
 
 
 def _is_written_out(model) -> bool:
