@@ -1,5 +1,8 @@
 """For every test: GPU tests skip where there is no GPU, and tiny models run on one thread, where they are fastest.
 
+Under pytest-xdist the tests of one `xdist_group` share a worker, and with it what their modules prepare; these groups and the
+slow tests come first, so that no worker is left with one of them at the end.
+
 `pytest --benchmark` runs the suites in bench/ instead of the tests; without it none of them is collected.
 """
 
@@ -13,6 +16,12 @@ BENCH = Path(__file__).parent / "bench"
 
 def pytest_addoption(parser):
     parser.addoption("--benchmark", action="store_true", help="run the benchmark suites in bench/ instead of the tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
 
 
 def pytest_configure(config):
@@ -41,6 +50,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items, config):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not config.getoption("--benchmark"):
         items[:] = [item for item in items if BENCH not in item.path.parents]  # a file given by name is not ignored
     if torch.cuda.is_available():

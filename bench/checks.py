@@ -13,33 +13,36 @@ BUILD = [sys.executable, "setup.py", "build_ext", "--inplace"]
 _BACK_ENDS = "import json; from dpo_fast.backends import available_backends as f; print('back ends', json.dumps(f()))"
 LAST_LINES = 15  # lines that are kept of the output of a failure
 
-# One test or two for each kernel, in one type; `{}` is a back end on the GPU.
-_EACH = (
-    "tests/test_ops.py::test_token_logps[{}-dtype1-all-False]",
-    "tests/test_ops.py::test_token_logps_of_any_size[{}-5-1000]",
-    "tests/test_ops.py::test_token_logps_does_not_read_ignored_rows[{}-False]",
-    "tests/test_ops.py::test_token_logps_of_masked_words[{}-temperature]",
-    "tests/test_ops.py::test_sequence_logps[{}-dtype2-False-True]",
-    "tests/test_ops.py::test_precision[{}-dtype1-0-all-needs0]",
-    "tests/test_ops.py::test_precision[{}-dtype1-10-plain-needs1]",
-    "tests/test_dpo_loss.py::test_half_precision[{}-sigmoid-True-dtype0]",
-    "tests/test_dpo_loss.py::test_half_precision[{}-ipo-False-dtype0]",
-    "tests/test_dpo_loss.py::test_one_pair[{}-130-False-lengths0]",
-    "tests/test_dpo_loss.py::test_ignored_sequences[{}-a sequence-False-sigmoid]",
-    "tests/test_dpo_loss.py::test_head_precision[{}-transform0-50-needs1-dtype1]",
-    "tests/test_dpo_loss.py::test_head_precision[{}-transform1-1000-needs0-dtype1]",
+# One test or two for each kernel, in one type: `{}` is a back end on the GPU.
+_EACH = tuple(
+    f"tests/test_op_table.py::test_op[{row}-{{}}]"
+    for row in (
+        "token_logps: all, padded-bfloat16",
+        "token_logps: 5 rows of 1000-float32",
+        "token_logps: masked words, temperature-float32",
+        "token_logps: layout shifted-bfloat16",
+        "sequence_logps: sum, packed-bfloat16",
+        "linear_token_logps: precision, frozen, all, 0 kept-bfloat16",
+        "linear_token_logps: precision, trained, plain, 10 kept-bfloat16",
+        "dpo_loss: sigmoid, half precision, packed-bfloat16",
+        "dpo_loss: ipo, half precision, padded-bfloat16",
+        "dpo_loss: lengths 9 2-float32",
+        "dpo_loss: sigmoid, a sequence ignored, padded-float32",
+        "linear_dpo_loss: precision, trained, plain, 50 kept-bfloat16",
+        "linear_dpo_loss: precision, frozen, transform, 1000 kept-bfloat16",
+    )
 )
 # Each group runs in a process of its own, since a bad kernel takes the device of its process with it.
 GROUPS = (
     tuple(test.format("csrc on cuda") for test in _EACH),
     (
         *(test.format("triton on cuda") for test in _EACH),
-        "tests/test_kernels.py::test_rows_equal_float64[(3, 4096)-torch.bfloat16]",
-        "tests/test_kernels.py::test_residual[(3, 4096)-plain-torch.bfloat16]",
+        "tests/test_op_table.py::test_op[token_logps: 3 rows of 4096, statistics-bfloat16-triton on cuda]",
+        "tests/test_op_table.py::test_op[linear_token_logps: frozen 3x4096, plain-bfloat16-triton on cuda]",
+        "tests/test_op_table.py::test_op[dpo_loss: discopop, two pairs-bfloat16-triton on cuda]",
+        "tests/test_op_table.py::test_op[dpo_loss: a power of two-bfloat16-triton on cuda]",
         "tests/test_kernels.py::test_scale[-0.3-torch.bfloat16]",
-        "tests/test_kernels.py::test_every_loss[sigmoid-options0-torch.bfloat16]",
-        "tests/test_kernels.py::test_rows_longer_than_a_block[2048-torch.bfloat16]",
-        "tests/test_kernels.py::test_in_place_and_strided[8-101]",
+        "tests/test_kernels.py::test_in_place_and_strided[101-3]",
         "tests/test_kernels.py::test_same_bits_twice",
         "tests/test_kernels.py::test_many_programs_at_once[mixed]",
     ),

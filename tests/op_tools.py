@@ -6,10 +6,9 @@ import os
 import pytest
 import torch
 
-from dpo_fast import backends, reference
+from dpo_fast import backends
 from dpo_fast.backends import BACKENDS, eager, resolve
-from dpo_fast.backends.sequences import scored_lengths, segment_sum
-from dpo_fast.losses import preference_loss
+from dpo_fast.losses import LossOptions
 
 HALF = [torch.bfloat16, torch.float16]
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -30,6 +29,8 @@ def back_ends() -> list[str]:
     return found
 
 
+# (prompt, completion) of the sequences of four pairs: ragged, one token, no prompt.
+LENGTHS = [(2, 3), (0, 1), (1, 4), (3, 2), (2, 2), (0, 5), (1, 1), (3, 3)]
 # The public ops, which tests call by these names.
 OPS = ("token_logps", "sequence_logps", "dpo_loss", "linear_token_logps", "linear_dpo_loss")
 ON_GPU = (
@@ -167,20 +168,23 @@ def pairs(lengths, v, *, packed=False, dtype=torch.float64, width=None, seed=0, 
     return rows, targets, torch.tensor([0, *totals]).cumsum(0).to(torch.int32)
 
 
-def truth(logits, targets, ref_logps=None, *, cu_seqlens=None, logit_scale=1.0, softcap=None, **options):
-    """`dpo_loss` by autograd on whole logits, in their type."""
-    logps = reference.token_logps(logits, targets, logit_scale=logit_scale, softcap=softcap)
-    logps = logps.sum(-1) if cu_seqlens is None else segment_sum(logps, cu_seqlens)
-    lengths = scored_lengths(targets, -100, cu_seqlens).chunk(2)
-    references = (None, None) if ref_logps is None else ref_logps.chunk(2)
-    names = dict(zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True))
-    return preference_loss(*logps.chunk(2), *references, **names, **options)
+def ref_for(loss_type, count, seed=5):
+    if LossOptions(loss_type).reference_free:
+        return None
+    return -4 * torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
+def options_of(name):
+    """A loss by name, with what it needs."""
+    smoothed = {"exo_pair": 0.1, "robust": 0.2, "aot": 0.1, "simpo": 0.1}
+    return {"loss_type": name, "label_smoothing": smoothed.get(name, 0.0)}
 
 
 def fields(out, loss_grad=1.0, **leaves) -> dict:
-    """The fields of a PreferenceOutput and the gradients of `loss_grad * loss`, by name."""
-    found = {name: getattr(out, name).detach() for name in out.__dataclass_fields__}
+    """The fields of a PreferenceOutput, or of the truth's dict, and the gradients of `loss_grad * loss`, by name."""
+    found = out if isinstance(out, dict) else {name: getattr(out, name) for name in out.__dataclass_fields__}
+    loss, found = found["loss"], {name: x.detach() for name, x in found.items()}
     if leaves:
-        grads = torch.autograd.grad(out.loss * loss_grad, list(leaves.values()))
+        grads = torch.autograd.grad(loss * loss_grad, list(leaves.values()))
         found |= {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
     return found

@@ -1,4 +1,6 @@
-"""A training run as a process of its own, for tests that kill it or start several: `python run_training.py spec.json`.
+"""Training runs in a process of their own, one after the other: `python run_training.py spec.json ...`.
+
+For tests that kill it or start several.
 
 The spec: `model` (folder), `options` (of DPOConfig), `train`, `eval` (rows), `resume` ("last": the last checkpoint, where
 there is one), `out` (where rank 0 writes the log history and the final weights), `dtype`, `kill_at` (see
@@ -91,7 +93,8 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        for spec in sys.argv[1:]:
+            main(spec)
     except SystemExit as ended:  # SIGTERM
         leave(ended.code)
     leave(0)

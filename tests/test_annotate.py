@@ -142,6 +142,7 @@ def test_bad_options_end_in_one_line(tmp_path, monkeypatch, capsys, argv, said):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_the_labels_are_there(tmp_path):
     path = candidates(tmp_path / "c.jsonl", prompts=2)
     command = [sys.executable, "-m", "dpo_fast.annotate", "--candidates", str(path), "--port", "0"]

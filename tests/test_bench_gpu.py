@@ -161,6 +161,7 @@ def test_trl_that_is_not_there(rows, monkeypatch):
     assert "pip install trl" in rows.rows[0]["skipped"]
 
 
+@pytest.mark.slow
 def test_tests_and_a_test_that_is_not_there(rows):
     checks.run_tests(rows, (*checks.DRY, "tests/test_packing.py::test_no_such_thing"), 120, "smoke tests")
     missing, counts = rows.rows
@@ -307,6 +308,7 @@ sys.exit(gpu.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_what_dies_and_what_hangs_costs_no_row(tmp_path, monkeypatch, capsys):
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -334,6 +336,7 @@ def test_what_dies_and_what_hangs_costs_no_row(tmp_path, monkeypatch, capsys):
     assert "times:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_time_out_keeps_the_rows(tmp_path, monkeypatch):
     rows = Results(tmp_path / "rows.jsonl", "cpu", 600)
     code = (

@@ -7,6 +7,7 @@ variables; only the code that inductor would write is left out.
 import pytest
 import torch
 import torch._dynamo.testing
+from op_tools import fields
 
 from dpo_fast import (
     dpo_loss,
@@ -102,3 +103,35 @@ def test_14_lengths_and_3_values_of_each_option_take_3_compilations(name, case, 
         given = {k: v[i % 3] if isinstance(v, tuple) else v for k, v in cases.get(case, {}).items()}
         torch.testing.assert_close(*(loss_and_gradient(f, length, leaf, given) for f in (compiled, function)))
     assert counter.frame_count <= 3
+
+
+def test_under_autocast():
+    def function(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_token_logps(x["hidden"], x["weight"], x["targets"], logit_scale=0.5)
+
+    x = inputs(5)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    leaves = x["hidden"], x["weight"].requires_grad_()
+    expected, ours = (
+        (out.detach(), *torch.autograd.grad(out.square().sum() * 3.0, leaves)) for out in (function(x), compiled(x))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_a_compiled_op_still_refuses_values():
+    torch._dynamo.reset()
+    x = inputs(5)
+    x["targets"][1, 1] = V
+    with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 11\)"):
+        torch.compile(on_logits(dpo_loss), backend="eager", fullgraph=True)(x)
+
+
+def test_gradients_of_any_shape():
+    torch._dynamo.reset()
+    compiled = torch.compile(dpo_loss, backend="aot_eager", fullgraph=True)
+    for s, t in ((4, 3), (6, 5), (2, 9)):
+        logits, targets = torch.randn(s, t, V).requires_grad_(), torch.randint(V, (s, t))
+        one, two = (fields(f(logits, targets), 2.0, logits=logits) for f in (compiled, dpo_loss))
+        assert all(torch.equal(one[k], two[k]) for k in one)

@@ -41,6 +41,7 @@ def entries(ptx: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_no_kernel_spills(source, tmp_path):
     """No registers in local memory, and rows are read (and written) 16 bytes at a time."""

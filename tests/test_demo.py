@@ -22,6 +22,8 @@ from dpo_fast.demo.questions import (
 )
 from dpo_fast.demo.stages import Settings, answer, one_thread, run
 
+pytestmark = pytest.mark.xdist_group("demo")
+
 SEVEN = Question("Q: What is 3 plus 4?\nA: ", "7", "the sum is 7")
 
 
@@ -117,6 +119,7 @@ def small(tmp_path_factory):
     return result, folder, screen.getvalue()
 
 
+@pytest.mark.slow
 def test_dpo_turns_the_style(small):
     before, after = small[0].before, small[0].after
     assert 0.1 < before.polite < 0.6
@@ -126,6 +129,7 @@ def test_dpo_turns_the_style(small):
     assert after.accuracy > 0.95
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_what_was_answered(small):
     result = small[0]
     for stage in (result.before, result.after):
@@ -134,12 +138,14 @@ def test_what_was_measured_is_what_was_answered(small):
         assert (stage.polite, stage.correct) == (sum(judged) / 200, sum(right) / 200)
 
 
+@pytest.mark.slow
 def test_sharing_saves_the_prompts_at_least(small):
     prompts = [len(q.prompt) + 1 for q in make_questions()[0]]
     both = [len(q.styled(TERSE) + q.styled(POLITE)) + 2 for q in make_questions()[0]]
     assert sum(prompts) / (2 * sum(prompts) + sum(both)) < small[0].tokens_saved < 0.6
 
 
+@pytest.mark.slow
 def test_the_checkpoint_answers_the_same(small):
     result = small[0]
     model = AutoModelForCausalLM.from_pretrained(result.checkpoint)
@@ -147,6 +153,7 @@ def test_the_checkpoint_answers_the_same(small):
     assert answer(model, tokenizer, [q.prompt for q in result.questions], seed=0) == result.after.answers
 
 
+@pytest.mark.slow
 def test_everything_lies_in_the_output_folder(small):
     folder = small[1]
     shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -154,6 +161,7 @@ def test_everything_lies_in_the_output_folder(small):
     assert load_pairs(str(folder / "pairs.jsonl"), log=str).rows == [pair(q, POLITE) for q in make_questions()[0]]
 
 
+@pytest.mark.slow
 def test_the_screen(small):
     result, folder, screen = small
     assert f"polite answers   {result.before.polite:6.1%} before -> {result.after.polite:6.1%} after" in screen
@@ -162,6 +170,7 @@ def test_the_screen(small):
         assert word not in screen
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_gives_the_same(tmp_path):
     settings = Settings(output_dir=str(tmp_path), hidden_size=32, layers=1, sft_epochs=0.3, dpo_epochs=0.5, seed=3)
     first, second = run(settings), run(settings)

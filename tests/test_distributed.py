@@ -13,6 +13,8 @@ pytest.importorskip("transformers")
 import tiny
 from test_resume import ROOT, history, options
 
+pytestmark = pytest.mark.xdist_group("distributed")
+
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 RUNS = {
     "plain": {},
@@ -36,7 +38,8 @@ def sometimes_alike(count: int) -> list[dict]:
 MARGIN = {"train": sometimes_alike(16), "loss_type": ["sigmoid"], "loss_weights": None}
 
 
-def start(folder, name: str, processes: int, train=None, **changes) -> None:
+def spec(folder, name: str, processes: int, train=None, **changes) -> str:
+    """The file that says what is run."""
     defaults = {
         "save_strategy": "no", "max_steps": 4, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 2,
         "per_device_train_batch_size": 8 // processes,
@@ -44,44 +47,57 @@ def start(folder, name: str, processes: int, train=None, **changes) -> None:
     rows = options(folder / f"{name}_run", **{**defaults, **LOSS, **changes})
     # 16 pairs are two steps per epoch (accelerate fills an uneven last step up with pairs of the first). The ranks cannot
     # share the seven pairs for evaluation evenly. A loss that counts tokens needs the global count.
-    spec = {
+    content = {
         "model": str(folder / "model"), "train": train or tiny.pairs(16), "eval": tiny.pairs(7, seed=5),
         "out": str(folder / name), "options": rows,
     }  # fmt: skip
     path = folder / f"{name}.spec"
-    path.write_text(json.dumps(spec))
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def start(processes: int, *specs: str) -> None:
+    """The runs of `specs` one after the other, in as many processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "tests/run_training.py"), str(path)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "tests/run_training.py"), *specs]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Which runs share their processes: a launch costs more than a run.
+TOGETHER = {name: name.startswith("fsdp") for name in RUNS}
+MARGIN_RUNS = {
+    name: {**MARGIN, **RUNS[name], **({"max_tokens_per_batch": 130} if "split" in name else {})}
+    for name in ("plain", "fsdp2", "fsdp2_split")
+}
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     tiny.llama().save_pretrained(folder / "model")
-    start(folder, "one", 1)
+    start(1, spec(folder, "one", 1), spec(folder, "margin_one", 1, **MARGIN))
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_one(one_process, name):
-    start(one_process, name, 2, **RUNS[name])
-    same(one_process, name, "one")
+@pytest.fixture(scope="module", params=[False, True], ids=["ddp", "fsdp"])
+def two_processes(request, one_process):
+    names = [name for name, sharded in TOGETHER.items() if sharded == request.param]
+    specs = [spec(one_process, name, 2, **RUNS[name]) for name in names]
+    specs += [spec(one_process, f"margin_{n}", 2, **changes) for n, changes in MARGIN_RUNS.items() if n in names]
+    start(2, *specs)
+    return one_process, names
 
 
-@pytest.fixture(scope="module")
-def one_margin_process(one_process):
-    start(one_process, "margin_one", 1, **MARGIN)
-    return one_process
-
-
-@pytest.mark.parametrize("name", ["plain", "fsdp2", "fsdp2_split"])
-def test_two_processes_leave_out_what_cancels(one_margin_process, name):
-    room = {"max_tokens_per_batch": 130} if "split" in name else {}
-    start(one_margin_process, f"margin_{name}", 2, **{**MARGIN, **RUNS[name], **room})
-    same(one_margin_process, f"margin_{name}", "margin_one")
+@pytest.mark.slow
+def test_two_processes_are_one(two_processes):
+    """Losses, metrics and weights; then of a margin loss, of whose pairs what cancels is left out."""
+    folder, names = two_processes
+    for name in names:
+        same(folder, name, "one")
+    for name in MARGIN_RUNS.keys() & set(names):
+        same(folder, f"margin_{name}", "margin_one")
 
 
 def same(one_process, name: str, wanted: str) -> None:
@@ -90,13 +106,13 @@ def same(one_process, name: str, wanted: str) -> None:
         for key, value in want.items():
             if key == "rewards/accuracies" and got["step"] == 1:
                 continue  # policy and reference are equal: the sign of a rounding error
-            assert got[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+            assert got[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
     evaluations = [json.loads((one_process / n).read_text())["eval"] for n in (name, wanted)]
     for key, value in evaluations[1].items():
         if not key.endswith(("runtime", "per_second")):
-            assert evaluations[0][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+            assert evaluations[0][key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
     got, want = (torch.load(one_process / f"{n}.pt", weights_only=True) for n in (name, wanted))
     start_weights = dict(tiny.llama().named_parameters())
     for key in want:
         moved = (want[key] - start_weights[key]).norm() if key in start_weights else 1.0
-        assert (got[key] - want[key]).norm() <= 1e-5 * moved, key
+        assert (got[key] - want[key]).norm() <= 1e-5 * moved, (name, key)

@@ -49,16 +49,19 @@ def test_at_most_thirty_lines_of_code(name):
     assert len(lines) <= 30
 
 
+@pytest.mark.slow
 def test_plain_loop(tmp_path):
     lines = run("plain_loop.py", cwd=tmp_path).splitlines()
     losses = [float(line.split()[3]) for line in lines]
     assert losses[-1] < losses[0] < 0.7
 
 
+@pytest.mark.slow
 def test_liger_loss(tmp_path):
     assert run("liger_loss.py", cwd=tmp_path).startswith("loss 0.6931")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trl_trainer.py", "trl_patched.py"])
 def test_trl(name, model_and_pairs, tmp_path):
     if name == "trl_patched.py":

@@ -157,6 +157,7 @@ def tiny_disk(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tiny_disk):
     """Weights of 60 kB with 120 kB of AdamW's state: two checkpoints fit the disk, a third does not."""
     done = tiny_disk(

@@ -2,6 +2,7 @@
 and every public function and class says what it does."""
 
 import ast
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,7 @@ def imports(name, path, known):
             yield inner if inner in known else target or "__init__"
 
 
+@functools.cache
 def graph():
     found = modules()
     return {name: set(imports(name, path, found)) - {name} for name, path in found.items()}

@@ -57,12 +57,13 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS[: SETS.index(csrc.INSTRUCTION_SET)])
 def test_lower_sets(name):
     """This file and tests of values and gradients against float64, in a process that is told to use less."""
-    chosen = "test_token_logps or test_every_loss or test_half_precision or test_masked_words or test_peaked"
-    tests = [str(TESTS / f"{file}.py") for file in ("test_instruction_sets", "test_ops", "test_dpo_loss", "test_fuzz")]
-    options = ["-p", "no:cacheprovider", "-k", f"test_instruction_sets or (csrc and ({chosen}))", "--deselect"]
+    tests = [str(TESTS / f"{file}.py") for file in ("test_instruction_sets", "test_op_table", "test_fuzz")]
+    chosen = "test_instruction_sets or (csrc and not linear)"
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, "--deselect"]
     command = [sys.executable, "-c", RUN, name, *tests, *options, f"{tests[0]}::test_lower_sets"]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": name.lower()}
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)

@@ -139,6 +139,7 @@ def contracted(kernel, path):
     return any(count > most for count in counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_no_kernel_spills_or_contracts(arch, compiled, tmp_path):
     """No registers in local memory, no contraction, and rows are read (and written) 16 bytes at a time, whatever their

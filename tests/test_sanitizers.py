@@ -35,6 +35,7 @@ LIBRARIES = {name: library(name) for name in ("libasan.so", "libubsan.so", "libs
 MISSING = [name for name, path in LIBRARIES.items() if path is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("sanitizers"),
     pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux"),
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})"),
     pytest.mark.skipif(bool(MISSING), reason=f"the compiler has no {' and no '.join(MISSING)}: gcc has them"),
@@ -167,7 +168,8 @@ def test_a_good_call_and_an_exception_pass(extension):
 @pytest.mark.parametrize("capability", SETS[: SETS.index(BEST) + 1])
 def test_op_tests(extension, capability):
     """The tests of the ops on csrc, with the rows of each instruction set of this processor."""
-    files = [f"tests/test_{name}.py" for name in ("ops", "dpo_loss", "fuzz", "fuzz_head", "instruction_sets")]
+    names = ("op_table", "output_layer", "in_place", "launchers", "one_pass", "fuzz", "fuzz_head", "instruction_sets")
+    files = [f"tests/test_{name}.py" for name in names]
     options = ["-p", "no:cacheprovider", "-k", "(csrc or test_same_bits) and not lower"]
     done = sanitized(extension, PYTEST, *files, *options, ATEN_CPU_CAPABILITY=capability.lower())
     assert done.returncode == 0, done.stdout + done.stderr
