@@ -10,7 +10,8 @@ Tasks (on a CPU in float32 and, with --dtype bfloat16, in bf16 compute; on a CUD
 
 A row is (system, seconds per step, pairs per second, ratio to TRL's defaults). Systems take turns, one step each, `repeats`
 times or until the next turn would pass `--minutes` (at least once), after a step of one pair to warm up; the median is
-reported. The precomputation of the reference is timed too and stated beside the steps (a run pays for it once per pair). One JSON file with everything goes to bench/results/.
+reported. The precomputation of the reference is timed too and stated beside the steps (a run pays for it once per pair).
+One JSON file with everything goes to bench/results/.
 """
 
 import argparse
@@ -135,12 +136,12 @@ class Stepper:
         trainer.current_gradient_accumulation_steps = 1
 
     def warm_up(self) -> None:
-        """A step of one pair."""
+        """Take a step of one pair."""
         data = self.trainer.train_dataset
         self.step(self.trainer.data_collator([data[0]]))
 
     def step(self, batch=None) -> torch.Tensor:
-        """The next step, without a wait for the device, or that of `batch`; its loss."""
+        """Take the next step, or that of `batch`, without waiting for the device; returns its loss."""
         trainer = self.trainer
         if batch is None:
             batch = trainer.batches[self.next % len(trainer.batches)]
