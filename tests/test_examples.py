@@ -12,7 +12,15 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SHORT = ("plain_loop.py", "trl_trainer.py", "trl_patched.py", "liger_loss.py", "lightning_module.py")
+SHORT = (
+    "plain_loop.py",
+    "trl_trainer.py",
+    "trl_patched.py",
+    "liger_loss.py",
+    "lightning_module.py",
+    "cross_entropy.py",
+    "llamafactory_patched.py",
+)
 
 
 def run(name, *arguments, cwd):
@@ -59,6 +67,11 @@ def test_plain_loop(tmp_path):
 @pytest.mark.slow
 def test_liger_loss(tmp_path):
     assert run("liger_loss.py", cwd=tmp_path).startswith("loss 0.6931")
+
+
+def test_cross_entropy(tmp_path):
+    words = run("cross_entropy.py", cwd=tmp_path).replace(",", "").split()
+    assert words[1] == words[5]
 
 
 @pytest.mark.slow

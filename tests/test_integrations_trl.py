@@ -28,7 +28,7 @@ def gemma2():
 
 CASES = {
     "sigmoid": {},
-    "ipo": {"loss_type": ["ipo"]},
+    "ipo": {"loss_type": ["ipo"], "learning_rate": 1e-2},
     "sft mixture": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
     "WPO": {"use_weighting": True},
     "ld_alpha": {"ld_alpha": 0.4},
@@ -36,7 +36,7 @@ CASES = {
     "checkpointed": {"gradient_checkpointing": True},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "soft-capped": {"model": gemma2},
-    "LoRA": {"peft": True, "learning_rate": 1e-2},
+    "LoRA": {"peft": True, "learning_rate": 1e-1},
 }
 
 
@@ -49,17 +49,19 @@ def patched():
 
 @pytest.mark.parametrize("case", CASES)
 def test_patched_trl_trains_as_trl(tmp_path, case):
-    """Twenty AdamW steps: the patch changes how log-probs are computed, and nothing else."""
+    """Twenty steps in float32: the patch changes how log-probs are computed, and nothing else.
+
+    Steps of SGD, since AdamW divides by the gradient's own size: a rounding of a tiny gradient becomes a step of its own.
+    """
     theirs = run(tmp_path / "theirs", trl.DPOTrainer, **CASES[case])
     undo = ours.patch_trl()
     try:
         mine = run(tmp_path / "ours", trl.DPOTrainer, **CASES[case])
     finally:
         undo()
-    # AdamW divides by the gradient's own size, so that a rounding of a tiny gradient becomes a step of its own.
-    compare(mine, theirs, 1e-4)
+    compare(mine, theirs, 1e-5)
     losses = [log["loss"] for log in theirs[0] if "loss" in log]
-    assert losses[0] != losses[-1]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_the_patch_is_used_and_undone(tmp_path, patched):
@@ -113,7 +115,7 @@ def test_our_trainer_takes_trl_s_config(tmp_path):
     for a, b in zip(trainer.state.log_history, theirs[0], strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "logits/chosen"):
             if name in b:
-                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (a["step"], name)
+                assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
 
 
 def test_refusals(tmp_path):

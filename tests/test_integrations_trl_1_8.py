@@ -23,8 +23,8 @@ from dpo_fast.integrations.trl import patch_trl, selective_log_softmax
 
 CASES = {
     "sigmoid": {},
-    "ipo": {"loss_type": ["ipo"]},
-    "LoRA": {"peft": True, "learning_rate": 1e-2},
+    "ipo": {"loss_type": ["ipo"], "learning_rate": 1e-2},
+    "LoRA": {"peft": True, "learning_rate": 1e-1},
 }
 
 
@@ -38,7 +38,7 @@ def test_patched_trl_trains_as_trl(tmp_path, case):
     finally:
         undo()
     assert trl.trainer.dpo_trainer.selective_log_softmax is not selective_log_softmax
-    compare(mine, theirs, 1e-4)
+    compare(mine, theirs, 1e-5)
 
 
 def test_liger_s_loss_is_ours_too():

@@ -23,6 +23,12 @@ def linear_cross_entropy(
     impl: str = "dpo_fast",
     *,
     bias: Tensor | None = None,
+    return_lse: bool = False,
+    accum_e_fp32: bool = True,
+    accum_c_fp32: bool = True,
+    filter_e_grad: bool = False,
+    filter_c_grad: bool = False,
+    vocab_parallel_options: object = None,
 ) -> Tensor:
     """`F.cross_entropy(softcap * tanh(e @ c.T / softcap), targets)` without the logits.
 
@@ -30,10 +36,18 @@ def linear_cross_entropy(
         e: hidden states [..., D]. c: head [V, D]. targets: [...] int64, `ignore_index` where none is scored.
         reduction: "mean" over the scored targets, "sum", or "none" (the shape of targets, 0 where ignored).
         shift: True (or a number of tokens) scores `targets[..., shift:]` by `e[..., :-shift, :]`.
-        filter_eps, impl: accepted for the signature's sake, without effect; gradients are always exact.
+        filter_eps, impl, accum_*, filter_*: accepted for the signature's sake, without effect; gradients are always exact.
 
-    Returns float32 or wider. Raises ValueError for shapes that do not fit and an unknown reduction.
+    Positions are those of the package 25.1.1; what its main branch added goes by name.
+    Returns float32 or wider. Raises ValueError for shapes that do not fit, an unknown reduction, and what is not
+    computed: return_lse and vocab_parallel_options.
     """
+    require(
+        isinstance(ignore_index, int),
+        lambda: "the fourth argument is ignore_index, as in cut-cross-entropy 25.1.1: give bias by name",
+    )
+    require(not return_lse, lambda: "return_lse is not supported: leave it out")
+    require(vocab_parallel_options is None, lambda: "vocab_parallel_options is not supported: give the whole c")
     require(reduction in ("mean", "sum", "none"), lambda: f"reduction is {reduction!r}: give 'mean', 'sum' or 'none'")
     known = filter_eps in _FILTERS or isinstance(filter_eps, float)
     require(known, lambda: f"filter_eps is {filter_eps!r}: give a number, 'high', 'auto' or None")

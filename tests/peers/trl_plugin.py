@@ -1,7 +1,7 @@
-"""A pytest plugin that puts dpo_fast's trainer and config in the place of TRL's: `pytest -p trl_plugin` (see test_trl.py)."""
+"""A pytest plugin that puts dpo_fast's trainer and config in the place of TRL's: `pytest -p trl_plugin` (see run_trl.py)."""
 
 import trl
 
-import dpo_fast
+from dpo_fast.integrations import trl as ours
 
-trl.DPOTrainer, trl.DPOConfig = dpo_fast.DPOTrainer, dpo_fast.DPOConfig
+trl.DPOTrainer, trl.DPOConfig = ours.DPOTrainer, ours.DPOConfig

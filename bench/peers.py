@@ -1,0 +1,216 @@
+"""What each integration saves on a CPU: the loss step of a peer, its own code against ours, in turns.
+
+    python -m bench.peers [--turns 9] [peer ...]
+
+A step goes from hidden states [8, 128, 512] and a head [32000, 512], both with a gradient, to the gradients; half of the
+tokens are prompt. Peers that are not installed are named with the pip command. The memory is what a fresh process adds to
+its resident set at most during one step, the gradients included.
+"""
+
+import argparse
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.common import commit
+
+S, T, D, V = 8, 128, 512, 32000
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(S, T, D, generator=rng).requires_grad_()
+    weight = (torch.randn(V, D, generator=rng) * D**-0.5).requires_grad_()
+    labels = torch.randint(V, (S, T), generator=rng)
+    labels[:, : T // 2] = -100
+    return hidden, weight, labels
+
+
+def dpo(logps: Tensor) -> Tensor:
+    chosen, rejected = logps.chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden[:, :-1].reshape(-1, D), labels[:, 1:].reshape(-1)
+
+
+def trl() -> tuple[Callable, Callable]:
+    """TRL 1.16 off a GPU has every position in its head; under the patch completion rows alone."""
+    theirs = importlib.import_module("trl.kernels").ChunkedLogProbFunction
+    ours = importlib.import_module("dpo_fast.integrations.trl").ChunkedLogProbFunction
+
+    def step(function, compact):
+        def run(hidden, weight, labels):
+            rows, targets = shifted(hidden, labels)
+            scored = targets != -100
+            if compact:
+                logps = rows.new_zeros(len(rows)).index_put(
+                    (scored.nonzero()[:, 0],),
+                    function.apply(rows[scored], weight, None, targets[scored], 1.0, 256, None, 1.0, ())[0],
+                )
+            else:
+                found = function.apply(rows, weight, None, targets.clamp(min=0), 1.0, 256, None, 1.0, ())[0]
+                logps = found.masked_fill(~scored, 0)
+            return dpo(logps.view(S, T - 1).sum(1))
+
+        return run
+
+    return step(theirs, False), step(ours, True)
+
+
+def old_trl() -> tuple[Callable, Callable]:
+    """TRL 1.8 and 1.9, which Axolotl pins: log-probs of logits."""
+    theirs = importlib.import_module("trl.trainer.utils").selective_log_softmax
+    ours = importlib.import_module("dpo_fast.integrations.trl").selective_log_softmax
+
+    def step(function):
+        def run(hidden, weight, labels):
+            targets = labels[:, 1:]
+            logps = function(F.linear(hidden, weight)[:, :-1], targets.clamp(min=0))
+            return dpo((logps * (targets != -100)).sum(1))
+
+        return run
+
+    return step(theirs), step(ours)
+
+
+def liger() -> tuple[Callable, Callable]:
+    """The fused loss, without a reference."""
+
+    def step(module):
+        loss = importlib.import_module(module).LigerFusedLinearDPOLoss(use_ref_model=False, compiled=False)
+        return lambda hidden, weight, labels: loss(weight, *(x.contiguous() for x in (hidden[:, :-1], labels[:, 1:])))[
+            0
+        ]
+
+    return step("liger_kernel.chunked_loss"), step("dpo_fast.integrations.liger")
+
+
+def llamafactory() -> tuple[Callable, Callable]:
+    """Logits and their log-probs against the head that the patch calls."""
+    if importlib.util.find_spec("torchaudio") is None:  # It imports this for sound.
+        sys.modules["torchaudio"] = type(sys)("torchaudio")
+        sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    theirs = importlib.import_module("llamafactory.train.trainer_utils").get_batch_logps
+    from dpo_fast import linear_token_logps
+
+    return (
+        lambda hidden, weight, labels: dpo(theirs(F.linear(hidden, weight).float(), labels)[0]),
+        lambda hidden, weight, labels: dpo(linear_token_logps(hidden[:, :-1], weight, labels[:, 1:]).sum(1)),
+    )
+
+
+def torchtune() -> tuple[Callable, Callable]:
+    """Log-probs of logits."""
+
+    def step(module):
+        function = importlib.import_module(module).get_batch_log_probs
+        return lambda hidden, weight, labels: dpo(function(F.linear(hidden, weight), labels))
+
+    return step("torchtune.rlhf"), step("dpo_fast.integrations.torchtune")
+
+
+def cross_entropy() -> tuple[Callable, Callable]:
+    """Its implementation for processors, torch_compile."""
+
+    def step(module, **options):
+        function = importlib.import_module(module).linear_cross_entropy
+        return lambda hidden, weight, labels: function(hidden, weight, labels, shift=True, **options)
+
+    return step("cut_cross_entropy", impl="torch_compile"), step("dpo_fast.integrations.cross_entropy")
+
+
+# The peer, its package, and the versions that its row is of.
+PEERS = {
+    "trl": (trl, "trl", ("1.16",)),
+    "old_trl": (old_trl, "trl", ("1.8", "1.9")),
+    "liger": (liger, "liger-kernel", ()),
+    "llamafactory": (llamafactory, "llamafactory", ()),
+    "torchtune": (torchtune, "torchtune", ()),
+    "cross_entropy": (cross_entropy, "cut-cross-entropy", ()),
+}
+
+
+def installed(peer: str) -> str | None:
+    _, package, wanted = PEERS[peer]
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return found if not wanted or found.startswith(wanted) else None
+
+
+def step(function: Callable, given: tuple) -> list[Tensor]:
+    loss = function(*given)
+    return [loss.detach(), *torch.autograd.grad(loss, given[:2])]
+
+
+def in_turns(functions: tuple[Callable, Callable], turns: int) -> list[float]:
+    given, seconds = batch(), ([], [])
+    torch.testing.assert_close(*(step(f, given) for f in functions), rtol=1e-3, atol=1e-6)
+    for _ in range(turns):
+        for function, found in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            step(function, given)
+            found.append(time.perf_counter() - start)
+    return [statistics.median(x) for x in seconds]
+
+
+def status(name: str) -> int:
+    """MiB of this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) // 1024
+
+
+def memory(function: Callable) -> int:
+    """MiB added at most during one step."""
+    given = batch()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # The peak counts from here.
+    before = status("VmRSS")
+    step(function, given)
+    return status("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("peers", nargs="*")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--memory", type=int, choices=(0, 1), help="print the MiB of theirs (0) or ours (1) alone")
+    options = parser.parse_args()
+    if options.memory is not None:
+        print("MiB", memory(PEERS[options.peers[0]][0]()[options.memory]))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, commit {commit()}")
+    print("| peer | theirs s | ours s | time theirs / ours | theirs MiB | ours MiB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for peer in options.peers or PEERS:
+        found = installed(peer)
+        if found is None:
+            _, package, wanted = PEERS[peer]
+            print(f"| {peer} | not installed: pip install {package}{f'=={wanted[-1]}.0' if wanted else ''} |")
+            continue
+        theirs, ours = in_turns(PEERS[peer][0](), options.turns)
+        used = []
+        for side in (0, 1):
+            command = [sys.executable, "-m", "bench.peers", peer, "--memory", str(side)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            used.append(said.split("MiB")[-1].strip())
+        print(
+            f"| {PEERS[peer][1]} {found} | {theirs:.3f} | {ours:.3f} | {theirs / ours:.2f} | {used[0]} | {used[1]} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""torchtune's recipe line and DPO loss: ours from the YAML, against torchtune's own values.
+
+python tests/peers/run_torchtune.py [CHECKOUT] [pytest options]    # torchtune is installed, or the checkout is what is imported
+
+With a checkout its tests of DPOLoss run too, with ours under torchtune's name.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if len(sys.argv) > 1:
+    sys.path.insert(0, sys.argv[1])
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune import config, rlhf
+from torchtune.rlhf import loss as theirs
+
+from dpo_fast.integrations import torchtune as ours
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "torchtune_recipe.yaml"
+
+
+def arguments(numbers):
+    """As the version at hand takes them."""
+    if hasattr(rlhf, "ChosenRejectedOutputs"):
+        return [rlhf.ChosenRejectedOutputs(*pair, None, None) for pair in (numbers[:2], numbers[2:])]
+    return numbers
+
+
+def compare() -> None:
+    loss = config.instantiate(OmegaConf.load(EXAMPLE).loss)
+    assert type(loss) is ours.DPOLoss
+    torch.manual_seed(0)
+    for smoothing in (0.0, 0.2):
+        values = [torch.randn(8, requires_grad=k < 2) for k in range(4)]
+        found = []
+        for module in (ours.DPOLoss(0.1, smoothing), theirs.DPOLoss(0.1, smoothing)):
+            out = module(*arguments(values))
+            found.append([*out, *torch.autograd.grad(out[0].mean(), values[:2])])
+        torch.testing.assert_close(*found)
+    logits, labels = torch.randn(4, 9, 31, requires_grad=True), torch.randint(31, (4, 9))
+    labels[:, :3] = -100
+    for average in (False, True):
+        both = [
+            f(logits, labels, return_average_logprobs=average)
+            for f in (ours.get_batch_log_probs, rlhf.get_batch_log_probs)
+        ]
+        torch.testing.assert_close(*both)
+        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits)[0] for x in both))
+    print("the YAML's line, DPOLoss and get_batch_log_probs: equal to torchtune's")
+
+
+def main() -> int:
+    compare()
+    if len(sys.argv) == 1:
+        return 0
+    checkout, *options = sys.argv[1:]
+    theirs.DPOLoss = ours.DPOLoss
+    test = str(Path(checkout) / "tests/torchtune/rlhf/loss/test_dpo_loss.py")
+    common = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--noconftest", "-c", os.devnull, "--rootdir", checkout]
+    return pytest.main([test, *common, "-k", "dpo", *options])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
