@@ -89,7 +89,7 @@ def kill_and_go_on(place: Path, output: Path, where, count: int, expected: dict)
 
 def main() -> int:
     torch.set_num_threads(1)
-    report.curves = lambda history: b""  # the pictures take half of the time and are compared by nobody
+    report.curves = lambda history: b""  # pictures take long and are not compared
     failed = 0
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)

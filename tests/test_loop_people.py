@@ -11,6 +11,7 @@ pytest.importorskip("fastapi", reason="the page needs the extra [loop]")
 from loop_tools import make_folder, settings, vowels
 from test_annotate import ask
 
+from dpo_fast.loop.command import run_command
 from dpo_fast.loop.judges import pair_row
 from dpo_fast.loop.rounds import round_folder, run_loop
 from dpo_fast.loop.scoring import implicit_margins, load_policy
@@ -129,9 +130,24 @@ def test_sections_that_cannot_work(place, tmp_path, change, message):
         settings(place, tmp_path, annotate=AnnotateSection(**change))
 
 
-@pytest.mark.parametrize("name", ["gold", "guidelines"])
+@pytest.mark.parametrize("name", ["gold", "guidelines", "judge_template"])
 def test_a_file_that_is_not_there_is_named_before_anything_is_sampled(place, tmp_path, name):
-    annotate = AnnotateSection(annotators=["ann"], **{name: "none.jsonl"})
+    annotate = AnnotateSection(judge=vowels, annotators=["ann"], **{name: "none.jsonl"})
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         run_loop(settings(place, tmp_path, annotate=annotate), str)
     assert not (tmp_path / "loop").exists()
+
+
+def test_a_template_for_a_judge_that_takes_none(place, tmp_path):
+    (tmp_path / "template.txt").write_text("{prompt} {a} {b}")
+    annotate = AnnotateSection(judge=vowels, judge_template=str(tmp_path / "template.txt"))
+    with pytest.raises(ValueError, match="template has no effect"):
+        run_loop(settings(place, tmp_path, annotate=annotate), str)
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    assert run_command(stopped, []) == 130
+    assert capsys.readouterr().err == "dpo_fast: interrupted; the same command goes on where it was\n"

@@ -49,6 +49,25 @@ def test_a_server_that_dies_in_the_middle_of_a_round(tmp_path):
     assert mark == folder_fingerprint(folder / "model") != rows[0]["model"]
 
 
+@pytest.mark.slow
+def test_transformers_serve_with_each_rounds_weights(tmp_path):
+    pytest.importorskip("openai", reason="`transformers serve` imports it")
+    place = make_folder(tmp_path)
+    program = Path(sys.executable).parent / "transformers"
+    generate = GenerateSection(
+        num_generations=2,
+        max_new_tokens=6,
+        serve=f"{program} serve {{model}} --port {{port}} --host 127.0.0.1 --device cpu",
+        extra_body={"generation_config": json.dumps({"do_sample": True, "top_k": 0})},
+    )
+    history = run_loop(settings(place, tmp_path, rounds=1, generate=generate), str)
+    assert [m["round"] for m in history] == [0, 1]
+    folder = tmp_path / "loop" / "round-01"
+    assert len(read_candidates(folder / "candidates.jsonl")) == 11
+    (mark,) = {row["model"] for row in read_candidates(folder / "samples.jsonl")}
+    assert mark == folder_fingerprint(folder / "model")
+
+
 WORTH = {"good": 2, "fair": 1, "poor": 0}
 TEMPLATE = "{prompt}|{a}|{b}|"
 
