@@ -21,9 +21,11 @@ from .disk import room_for
 from .fingerprint import OPTIMIZER, compare, fingerprint
 from .model_card import TAGS, model_card
 from .optim import MasterWeights
+from .ref_model import CACHED
 from .run_lock import hold
 from .saving import model_bytes, optimizer_bytes, quiet_unless_terminal, replacing, write_arguments
 from .screen import use_lines
+from .start_model import warn_without_name
 from .stopping import TERMINATED, FiniteWatch, SkipNonFinite, Termination, weights_are_finite
 from .throughput import Throughput
 from .trackers import write_below
@@ -74,6 +76,8 @@ class RunLife(Trainer):
         if resume and self.is_world_process_zero():
             checkpoint.check_contents(resume)
         self._agree(resume)
+        if self.setup.reference == CACHED and self.ref_model is None and not self.setup.adapters:
+            warn_without_name(self)
         if self.args.use_liger_kernel:  # transformers does it once more, after the comparison
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
         self._verify()
@@ -151,6 +155,10 @@ class RunLife(Trainer):
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def start_fingerprint(self) -> str:
+        """That of the weights before the first step, as `train` took it."""
+        return self._fingerprint["model"]
 
     # Saving.
 

@@ -123,7 +123,9 @@ def check_adapters(peft_config) -> None:
     config = peft_config if isinstance(peft_config, dict) else vars(peft_config)
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     if kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT"):
-        raise ValueError(f"{kind.lower()} is not supported, since it puts virtual tokens before the prompt: use LoRA")
+        raise ValueError(
+            f"{kind.lower()} is not supported: prompt-learning puts virtual tokens before the prompt; use LoRA"
+        )
 
 
 def check_name(name: str, args: DPOConfig) -> None:
