@@ -24,10 +24,11 @@ from dpo_fast.forest.packing import PrefixForest
 from dpo_fast.training.dropout import no_dropout
 
 SECONDS = 120  # per family
+LARGEST = 50_000_000  # parameters
 TOLERANCE = 1e-5  # nats; many models compute norms and positions in float32
 # Each of these names that a family's configuration has, wherever it is.
 SIZES = {
-    61: ("vocab_size",),
+    61: ("vocab_size", "vocab_size_per_layer_input"),
     32: (
         "hidden_size", "n_embd", "d_model", "dim", "embed_dim", "lru_width", "word_embed_proj_dim", "embedding_size",
         "input_embedding_size", "attention_hidden_size", "hidden_dim", "n_embed", "mamba_d_ssm",
@@ -59,30 +60,56 @@ SIZES = {
     3: ("bos_token_id", "eos_token_id"),
 }  # fmt: skip
 # What a family needs beside them.
-CHANGES: dict[str, dict] = {}
+CHANGES: dict[str, dict] = {
+    "bamba": {"mamba_d_head": 16},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "granitemoehybrid": {"mamba_d_head": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4}},
+}  # fmt: skip
 
 
-def tiny_config(kind: str, changes: dict):
-    """The family's configuration with the sizes above."""
-    known = set(vars(CONFIG_MAPPING[kind]())) | set(CONFIG_MAPPING[kind]().to_dict())
-    sizes = {name: value for value, names in SIZES.items() for name in names if name in known}
-    given = CONFIG_MAPPING[kind]().to_dict()
-    sizes = {
-        name: value
-        for name, value in sizes.items()
-        if given.get(name, 0) is not None and not isinstance(given.get(name), list)
-    }
+def tiny_values(config_class) -> dict:
+    """The sizes above for the names that a configuration class has, its parts' included."""
+    given = config_class().to_dict()
+    names = {name: value for value, names in SIZES.items() for name in names}
+    sizes = {n: names[n] for n in names if given.get(n) is not None and not isinstance(given[n], list)}
+    if "kv_lora_rank" in sizes:  # each head has keys of its own, partly rotary
+        sizes["num_key_value_heads"] = sizes.get("num_attention_heads", 4)
+        sizes.pop("head_dim", None)
     if isinstance(given.get("layer_types"), list):
         kinds = list(dict.fromkeys(given["layer_types"]))
         count = max(2, len(kinds))
         sizes["layer_types"] = (kinds * 2)[:count]
         sizes.update({name: count for name in ("num_hidden_layers", "n_layer", "num_layers") if name in sizes})
-    return CONFIG_MAPPING[kind](**{**sizes, **changes})
+    if "is_decoder" in given:
+        sizes["is_decoder"] = True
+    for name in config_class.sub_configs:
+        if isinstance(given.get(name), dict) and given[name].get("model_type") in CONFIG_MAPPING:
+            part = given[name]["model_type"]
+            sizes[name] = {"model_type": part, **tiny_values(CONFIG_MAPPING[part])}
+    return sizes
 
 
 def tiny_model(kind: str) -> torch.nn.Module:
+    """Raises ValueError for a family of which these sizes make no small model."""
     torch.manual_seed(0)
-    config = tiny_config(kind, CHANGES.get(kind, {}))
+    config = CONFIG_MAPPING[kind](**{**tiny_values(CONFIG_MAPPING[kind]), **CHANGES.get(kind, {})})
+    with torch.device("meta"):
+        size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters")
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").double()
     for parameter in model.parameters():
         if parameter.ndim > 1:

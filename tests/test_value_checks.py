@@ -155,6 +155,16 @@ def test_a_push_uploads_the_model_and_its_card(tmp_path, monkeypatch):
     run = DPOTrainer(tiny.llama(), args=args, train_dataset=tiny.pairs(4))
     run.push_to_hub()
     ((name, files),) = sent
+    monkeypatch.setattr(Hub, "upload_folder", lambda *_, **__: [][0])
+    with pytest.raises(OSError, match=r"the model was not uploaded; it is in .*run \(IndexError"):
+        run.push_to_hub()
+    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: [][0])
+    with pytest.raises(OSError, match=r"push_to_hub: polite cannot be made on the hub \(IndexError"):
+        DPOTrainer(
+            tiny.llama(),
+            args=DPOConfig(**options(tmp_path, hub_model_id="polite", push_to_hub=True)),
+            train_dataset=tiny.pairs(4),
+        )
     assert name == "someone/polite"
     assert {"model.safetensors", "config.json", "README.md"} <= files
 

@@ -35,6 +35,17 @@ HALF = (torch.bfloat16, torch.float16)
 _REF_FILE = "ref_model.safetensors"
 
 
+@contextlib.contextmanager
+def _hub(what: str):
+    """What the hub's client raises, as an OSError that begins with `what`: each of its HTTP libraries has errors of its own."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise OSError(f"{what} ({type(error).__name__}: {error})") from error
+
+
 class RunLife(Trainer):
     """transformers' Trainer, whose runs resume only as themselves, stop in order, and leave nothing half written."""
 
@@ -231,6 +242,18 @@ class RunLife(Trainer):
         with self._room(folder), replacing(folder) as pending, quiet_unless_terminal():
             super()._save(str(pending), state_dict)
             write_arguments(self.args, pending)
+
+    def init_hf_repo(self, token=None):
+        """As transformers'; a hub that cannot be reached is an OSError of one line."""
+        with _hub(
+            f"push_to_hub: {self.args.hub_model_id or Path(self.args.output_dir).name} cannot be made on the hub"
+        ):
+            super().init_hf_repo(token)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As transformers'; OSError where the upload fails: the model is in `output_dir` by then."""
+        with _hub(f"the model was not uploaded; it is in {self.args.output_dir}"):
+            return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *, model_name=None, tags=None, dataset=None, **kwargs):
         """Write `README.md` into `args.output_dir`; `push_to_hub` calls this with its keyword arguments."""

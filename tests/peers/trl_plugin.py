@@ -1,4 +1,4 @@
-"""A pytest plugin that puts dpo_fast's trainer and config in the place of TRL's: `pytest -p trl_plugin` (see test_trl.py)."""
+"""A pytest plugin that puts dpo_fast's trainer and config in the place of TRL's: `pytest -p trl_plugin` (run_trl.py does)."""
 
 import trl
 
