@@ -243,12 +243,12 @@ class RunLife(Trainer):
             super()._save(str(pending), state_dict)
             write_arguments(self.args, pending)
 
-    def init_hf_repo(self, token=None):
+    def init_hf_repo(self, *args, **kwargs):
         """As transformers'; a hub that cannot be reached is an OSError of one line."""
         with _hub(
             f"push_to_hub: {self.args.hub_model_id or Path(self.args.output_dir).name} cannot be made on the hub"
         ):
-            super().init_hf_repo(token)
+            super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args, **kwargs):
         """As transformers'; OSError where the upload fails: the model is in `output_dir` by then."""
