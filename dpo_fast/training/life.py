@@ -167,9 +167,9 @@ class RunLife(Trainer):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def start_fingerprint(self) -> str:
-        """That of the weights before the first step, as `train` took it."""
-        return self._fingerprint["model"]
+    def start_fingerprint(self) -> str | None:
+        """Fingerprint of the weights before the first step, as `train` took it; None before that."""
+        return None if self._fingerprint is None else self._fingerprint["model"]
 
     # Saving.
 
