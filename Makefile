@@ -45,7 +45,7 @@ $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS:%=tests/%.py)
+	$(OLDEST)/bin/python -m pytest -n auto -m "not slow" $(OLDEST_TESTS:%=tests/%.py)
 
 browser:
 	apt-get update

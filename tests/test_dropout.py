@@ -105,6 +105,26 @@ def test_randomness_that_no_option_turns_off_is_found():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_router_that_draws_experts_is_named_and_keeps_its_threshold(tmp_path):
+    """phimoe: the jitter of its router is a threshold in evaluation too, where 0 would give other numbers."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "phimoe", **SMALL, **LLAMA, num_key_value_heads=2, num_local_experts=4, input_jitter_noise=0.1
+    )
+    config.router_jitter_noise = 0.4
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([PROMPTS[0]])
+    before = model(ids).logits
+    args = DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=r"Phimoe\w+ draws its experts at random.*disable_dropout=False"):
+        DPOTrainer(model, args=args, train_dataset=ROWS)
+    own_config(model)
+    no_dropout(model)
+    assert torch.equal(model(ids).logits, before)
+    assert model.config.router_jitter_noise == 0.4
+    assert model.config.input_jitter_noise == 0.0
+
+
 def test_another_model_made_from_the_same_config_keeps_its_own():
     first = tiny.llama(attention_dropout=0.25)
     second = type(first)(first.config).double()

@@ -314,6 +314,79 @@ def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(tmp_path):
         first.stdout.close()
 
 
+# Kills.
+
+
+def killed(act, event: str = "", nth: int = 0, part: str = "") -> bool:
+    """Run `act` in a copy of this process, which gets SIGKILL at the `nth` audit event with `part` in it; whether it came."""
+    child = os.fork()
+    if child == 0:
+        seen = [0]
+
+        def hook(name, args):
+            seen[0] += name == event and part in str(args)
+            if name == event and part in str(args) and seen[0] == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(hook)
+            act()
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_kill_9_while_the_model_is_saved_at_the_end(tmp_path):
+    """Until all new files are written the old ones are untouched; after it, saving again gives the whole model."""
+    run = start(tmp_path, save_strategy="no")
+    out = tmp_path / "out"
+    run.save_model(out)
+    old = {p.name: p.read_bytes() for p in out.iterdir()}
+    run.train()
+    run.save_model(tmp_path / "new")
+    new = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
+    assert old["model.safetensors"] != new["model.safetensors"]
+    for name in ("config.json", "training_args.json"):
+        assert killed(lambda: run.save_model(out), "open", 1, f".saving/{name}"), name
+        assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".saving"} == old
+    for nth in (1, 3):
+        assert killed(lambda: run.save_model(out), "os.rename", nth, ".saving")
+        for path in out.iterdir():
+            if path.name != ".saving":
+                assert path.read_bytes() in (old[path.name], new[path.name])
+    run.save_model(out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == new
+
+
+def test_kill_9_while_the_rows_are_tokenised(tmp_path):
+    """Nothing is written by then, and the folder's lock goes with the process."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(3, tiny.VOCABULARY)}
+    ids = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"</s>": 2, **words}, "w3")), eos_token="</s>"
+    )
+    rows = [{"prompt": f"w{5 + i}", "chosen": "w7", "rejected": "w9"} for i in range(8)]
+    args = DPOConfig(**options(tmp_path))
+
+    def build():
+        hold(args.output_dir)
+        return DPOTrainer(tiny.llama(), args=args, train_dataset=rows, processing_class=ids)
+
+    def dying():
+        type(ids).__call__ = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        build()
+
+    assert killed(dying)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".run.lock"]
+    assert not (tmp_path / "ref").exists()
+    run = build()
+    run.train()
+    assert run.state.global_step == run.state.max_steps
+
+
 # Restarts.
 
 

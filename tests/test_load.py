@@ -128,7 +128,10 @@ def damage(folder, kind):
     [
         ("truncated", r"a safetensors file of .*model is damaged or none .*model\.safetensors"),
         ("foreign", r"a safetensors file of .*model is damaged or none .*model\.safetensors"),
-        ("shapes", r"the weights of .* do not have the shapes of its config\.json"),
+        (
+            "shapes",
+            r"the weights of .* do not have the shapes of its config\.json: .*mlp.down_proj.weight is \[16, 24\], not \[16, 32\]",
+        ),
         ("config", r"config\.json|not valid JSON"),
         ("keys", r"tokenizer files of .*model cannot be read"),
         ("tokenizer", r"tokenizer"),

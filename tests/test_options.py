@@ -240,6 +240,21 @@ def test_one_warning_names_all_that_is_not_used(caplog):
     assert warned(caplog).endswith(text)
 
 
+def test_what_is_counted_may_be_named(caplog):
+    """transformers takes a yes, a no, `all` or `non_padding`; here tokens are always counted."""
+    for value in ("all", True):
+        parsed(include_num_input_tokens_seen=value)
+        assert "include_num_input_tokens_seen" in warned(caplog)
+    parse(["--include_num_input_tokens_seen", "non_padding"], BASE)
+    assert "include_num_input_tokens_seen" in warned(caplog)
+
+
+def test_other_processes_of_a_run_do_not_repeat_the_warning(caplog, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "process_index", 1)
+    assert DPOConfig(use_cpu=True, dataset_num_proc=4).dataset_num_proc is None
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     "others",
     [

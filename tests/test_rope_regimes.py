@@ -10,10 +10,11 @@ pytest.importorskip("transformers")
 import test_model
 from test_model import agree, build, in_float64, objective, paths_and_gradients  # noqa: F401
 
+from dpo_fast.data.pairs import PairDataset
 from dpo_fast.forest.gate import RopeRegime, plan_model
 from dpo_fast.forest.model import prepare_model, reset_rope
 from dpo_fast.forest.packing import PrefixForest
-from dpo_fast.training.start_checks import verify_sharing
+from dpo_fast.training.start_checks import verify_sharing, verify_start
 
 # Lengths on both sides of the limits (32 and 64 tokens), and just at them.
 LENGTHS = [(5, 3, 4), (20, 12, 13), (25, 40, 7), (60, 3, 4), (60, 5, 30), (28, 4, 36)]
@@ -60,6 +61,25 @@ def test_a_batch_without_regimes_is_found_by_the_check(in_float64, monkeypatch):
     monkeypatch.setattr(RopeRegime, "of", lambda self, length: 0)
     with pytest.raises(ValueError, match="padded path"):
         verify_sharing(model, plan, data, "none")
+
+
+@pytest.mark.parametrize("name", ["dynamic rope", "stablelm"])
+def test_the_check_of_a_long_row_makes_few_logits(name, monkeypatch):
+    """Whole rows where their length matters, else slices; a rejected prompt of its own (keep_end) is followed."""
+    model = build(name)
+    plan = prepare_model(model)
+    rng = random.Random(0)
+    prompt, chosen, rejected = ([rng.randrange(3, 60) for _ in range(n)] for n in (300, 200, 100))
+    long = {"prompt_ids": prompt, "rejected_prompt_ids": prompt[90:], "chosen_ids": chosen, "rejected_ids": rejected}
+    short = {"prompt_ids": prompt[:3], "chosen_ids": chosen[:5], "rejected_ids": rejected[:4]}
+    rows, lengths = [], []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    verify_start(model, plan, PairDataset([long, short]), "none", deterministic=True)
+    assert max(rows) == 33
+    assert max(lengths) == (500 if plan.regimes else 96)
 
 
 def test_regimes_of_one_kind_of_layer():

@@ -185,10 +185,51 @@ def test_evaluation_is_a_true_mean_and_counts_every_pair_once(tmp_path):
     assert "eval_b_loss" in by_name
 
 
-def test_rows_given_to_evaluate_after_training_need_a_reference(tmp_path):
-    trainer = train(tmp_path, tiny.llama(), tiny.pairs(8))
-    with pytest.raises(ValueError, match="eval_dataset at construction"):
-        trainer.evaluate(tiny.pairs(2, seed=5))
+def test_rows_given_to_evaluate_after_training_are_compared_with_the_start(tmp_path):
+    """Of a model with a name the start weights are loaded again, also by a resumed run that has no step left."""
+    rows, start, folder = tiny.pairs(3, seed=5), tiny.llama(attention_dropout=0.1), str(tmp_path / "model")
+    start.save_pretrained(folder)
+    options = {"model_init_kwargs": {"dtype": "float64"}, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = train(tmp_path, folder, tiny.pairs(8), **options)
+    with torch.no_grad():
+        want = preference_loss(*tiny.pair_logps(trainer.model.eval(), rows), *tiny.pair_logps(start.eval(), rows)).loss
+    assert abs(want - math.log(2)) > 1e-3
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(want.item(), rel=1e-6)
+    again = DPOTrainer(folder, args=config(tmp_path, **options), train_dataset=tiny.pairs(8))
+    again.train(resume_from_checkpoint=True)
+    assert again.evaluate(rows)["eval_loss"] == pytest.approx(want.item(), rel=1e-6)
+    trainer.save_model(folder)
+    with pytest.raises(ValueError, match="does not hold the weights that this run began with"):
+        trainer.evaluate(tiny.pairs(2, seed=6))
+
+
+def test_a_start_that_cannot_be_loaded_again_is_said_before_training(tmp_path, caplog):
+    trainer = DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=tiny.pairs(8))
+    rows = tiny.pairs(2, seed=5)
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert "no name to load it from" not in caplog.text
+    trainer.train()
+    assert "no name to load it from again" in caplog.text
+    with pytest.raises(ValueError, match="as eval_dataset at construction"):
+        trainer.evaluate(rows)
+
+
+def test_streamed_rows_are_evaluated_and_not_trained_on(tmp_path):
+    """Evaluation reads all rows anyway; a schedule needs their number."""
+    datasets = pytest.importorskip("datasets")
+    rows = tiny.pairs(3, seed=3)
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    trainer = DPOTrainer(
+        tiny.llama(), tiny.llama(seed=1), config(tmp_path), train_dataset=tiny.pairs(4), eval_dataset={"a": stream}
+    )
+    want = trainer.evaluate(rows)["eval_loss"]
+    assert (
+        trainer.evaluate(stream)["eval_loss"] == trainer.evaluate()["eval_a_loss"] == want != pytest.approx(math.log(2))
+    )
+    with pytest.raises(ValueError, match="train data is streamed"):
+        DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=stream)
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        DPOTrainer(tiny.llama(), args=config(tmp_path))
 
 
 def test_best_checkpoint_and_early_stopping(tmp_path):
@@ -332,8 +373,16 @@ def test_what_cannot_work_is_said_before_a_step(tmp_path):
         DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=bad)
     with pytest.raises(ValueError, match="raise it to"):
         DPOTrainer(tiny.llama(), args=config(tmp_path, max_tokens_per_batch=5), train_dataset=tiny.pairs(4))
-    with pytest.raises(ValueError, match="nothing is precomputed"):
-        DPOTrainer(tiny.llama(), args=config(tmp_path, sync_ref_model=True), train_dataset=tiny.pairs(4))
+
+
+def test_a_cache_folder_of_a_run_that_computes_none_is_a_warning(tmp_path, caplog):
+    """Where the default is not to precompute: a moving reference, and adapters in the API."""
+    peft = pytest.importorskip("peft")
+    adapters = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")}
+    for changes, extra in (({"sync_ref_model": True}, {}), ({}, adapters)):
+        caplog.clear()
+        DPOTrainer(tiny.llama(), args=config(tmp_path, **changes), train_dataset=tiny.pairs(4), **extra)
+        assert caplog.text.count("ref_cache_dir and precompute_ref_batch_size are not used") == 1
 
 
 def test_adapters_that_are_no_weights_are_refused(tmp_path):
@@ -453,6 +502,7 @@ def test_moe_auxiliary_loss_is_trained_and_logged(tmp_path):
     trainer = train(tmp_path, model, tiny.pairs(8))
     logs = trainer.state.log_history[0]
     assert logs["aux_loss"] > 0
+    assert trainer.state.log_history[-1]["aux_loss"] == logs["aux_loss"]
     assert logs["loss"] == pytest.approx(math.log(2) + 0.5 * logs["aux_loss"], abs=1e-4)
     with pytest.raises(ValueError, match="auxiliary loss of a mixture"):
         DPOTrainer(model, args=config(tmp_path, max_tokens_per_batch=60), train_dataset=tiny.pairs(4))

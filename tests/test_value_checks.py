@@ -86,7 +86,8 @@ def test_a_log_is_one_line():
     assert log_line(logs, 10, 100) == "step 10/100: loss 0.6931, margin 0.2500, accuracy 50.0%, tokens/s 1,234"
     evaluated = {"eval_a_loss": 0.5, "eval_a_rewards/margins": 1.0, "eval_a_runtime": 3.0}
     assert log_line(evaluated, 10, 100) == "step 10/100, eval_a: loss 0.5000, margin 1.0000"
-    assert log_line({"train_loss": 0.5, "train_runtime": 3.0}, 10, 100) is None
+    assert log_line({"train_loss": 0.5, "train_runtime": 3.0, "rewards/margins": 1.0}, 10, 100) is None
+    assert log_line({"loss": 0.5, "aux_loss": 1.0}, 10, 100) == "step 10/100: loss 0.5000"
 
 
 def test_the_steps_after_the_last_log_are_logged(tmp_path):
@@ -154,6 +155,16 @@ def test_a_push_uploads_the_model_and_its_card(tmp_path, monkeypatch):
     run = DPOTrainer(tiny.llama(), args=args, train_dataset=tiny.pairs(4))
     run.push_to_hub()
     ((name, files),) = sent
+    monkeypatch.setattr(Hub, "upload_folder", lambda *_, **__: [][0])
+    with pytest.raises(OSError, match=r"the model was not uploaded; it is in .*run \(IndexError"):
+        run.push_to_hub()
+    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: [][0])
+    with pytest.raises(OSError, match=r"push_to_hub: polite cannot be made on the hub \(IndexError"):
+        DPOTrainer(
+            tiny.llama(),
+            args=DPOConfig(**options(tmp_path, hub_model_id="polite", push_to_hub=True)),
+            train_dataset=tiny.pairs(4),
+        )
     assert name == "someone/polite"
     assert {"model.safetensors", "config.json", "README.md"} <= files
 

@@ -89,6 +89,8 @@ def _parser(kinds: dict[str, set]) -> _Parser:
     for name, action in _options(parser).items():
         if bool in kinds[name]:
             action.nargs, action.const = "?", True
+            if str in kinds[name]:  # include_num_input_tokens_seen: a yes, a no, or what is counted
+                action.type = _or_text(action.type)
             if f"--no_{name}" not in parser._option_string_actions:
                 opposite = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
                 parser.add_argument(*opposite, dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
@@ -113,6 +115,17 @@ def _options(parser: _Parser) -> dict[str, argparse.Action]:
 def _or_none(kind):
     def convert(text: str):
         return None if text.lower() in ("none", "null") else kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _or_text(kind):
+    def convert(text: str):
+        try:
+            return kind(text)
+        except argparse.ArgumentTypeError:
+            return text
 
     convert.__name__ = kind.__name__
     return convert

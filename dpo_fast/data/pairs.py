@@ -1,7 +1,7 @@
 """Rows of any layout become the examples that the trainer works on; everything dropped is counted and named."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch.utils.data import Dataset
 
@@ -88,8 +88,11 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> list[dict]:
     from .tokenization import tokenize_pairs
 
     if not isinstance(rows, Pairs):
-        if not isinstance(rows, Iterable) or not hasattr(rows, "__len__"):
-            raise ValueError(f"the {name} data is streamed: dpo_fast needs its length, load it without streaming")
+        if name == "train" and not hasattr(rows, "__len__"):  # evaluation reads all of it anyway
+            raise ValueError(
+                "the train data is streamed, and its length must be known (precompute_ref_log_probs is not supported with "
+                "IterableDataset either): load it without streaming"
+            )
         rows = list(rows)
         if rows and isinstance(rows[0], Mapping) and all(key in rows[0] for key in _IDS):
             return _truncate(rows, args, name)

@@ -207,7 +207,6 @@ class DPOConfig(TrainingArguments):
         check_evaluation(self)
         check_on_nan(self)
         if unused := unused_options(vars(self), defaults := self.defaults()):
-            logger.warning(sentence(unused))
             set_back(vars(self), defaults, unused)
         if self.use_liger_kernel:
             self._take_ligers_trunk()
@@ -221,6 +220,8 @@ class DPOConfig(TrainingArguments):
             super().__post_init__()
         if left_out:
             self.gradient_checkpointing = self.activation_checkpointing = None
+        if unused and self.process_index == 0:
+            logger.warning(sentence(unused))
         self._refuse()
         check_schedule(self)
         if self.label_noise not in (None, *LABEL_NOISE):

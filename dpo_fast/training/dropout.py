@@ -4,6 +4,8 @@ import torch
 
 # Parts of the names that transformers' models give to the probability of a random omission or change of activations.
 _NAMES = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob", "drop_rate", "jitter")
+# Where a module keeps this name it is no probability: phimoe compares experts with it, in evaluation too.
+_THRESHOLD = "router_jitter_noise"
 
 
 def no_dropout(model: torch.nn.Module) -> None:
@@ -21,6 +23,11 @@ def no_dropout(model: torch.nn.Module) -> None:
                 _zero_config(value)
 
 
+def random_router(model: torch.nn.Module) -> str | None:
+    """The class of a router that draws experts at random in training mode, which no option turns off (phimoe's); or None."""
+    return next((type(m).__name__ for m in model.modules() if hasattr(m, _THRESHOLD)), None)
+
+
 def _zero_config(config) -> None:
     _zero(config)
     for value in list(vars(config).values()):
@@ -31,5 +38,5 @@ def _zero_config(config) -> None:
 def _zero(holder) -> None:
     for name, value in list(vars(holder).items()):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and value and any(part in name for part in _NAMES):
+        if number and value and name != _THRESHOLD and any(part in name for part in _NAMES):
             setattr(holder, name, type(value)(0))

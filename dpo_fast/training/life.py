@@ -21,9 +21,11 @@ from .disk import room_for
 from .fingerprint import OPTIMIZER, compare, fingerprint
 from .model_card import TAGS, model_card
 from .optim import MasterWeights
+from .ref_model import CACHED
 from .run_lock import hold
 from .saving import model_bytes, optimizer_bytes, quiet_unless_terminal, replacing, write_arguments
 from .screen import use_lines
+from .start_model import warn_without_name
 from .stopping import TERMINATED, FiniteWatch, SkipNonFinite, Termination, weights_are_finite
 from .throughput import Throughput
 from .trackers import write_below
@@ -31,6 +33,17 @@ from .trackers import write_below
 logger = logging.getLogger(__name__)
 HALF = (torch.bfloat16, torch.float16)
 _REF_FILE = "ref_model.safetensors"
+
+
+@contextlib.contextmanager
+def _hub(what: str):
+    """What the hub's client raises, as an OSError that begins with `what`: each of its HTTP libraries has errors of its own."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise OSError(f"{what} ({type(error).__name__}: {error})") from error
 
 
 class RunLife(Trainer):
@@ -74,6 +87,8 @@ class RunLife(Trainer):
         if resume and self.is_world_process_zero():
             checkpoint.check_contents(resume)
         self._agree(resume)
+        if self.setup.reference == CACHED and self.ref_model is None and not self.setup.adapters:
+            warn_without_name(self)
         if self.args.use_liger_kernel:  # transformers does it once more, after the comparison
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
         self._verify()
@@ -152,6 +167,10 @@ class RunLife(Trainer):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def start_fingerprint(self) -> str | None:
+        """Fingerprint of the weights before the first step, as `train` took it; None before that."""
+        return None if self._fingerprint is None else self._fingerprint["model"]
+
     # Saving.
 
     def create_optimizer(self, model=None):
@@ -223,6 +242,18 @@ class RunLife(Trainer):
         with self._room(folder), replacing(folder) as pending, quiet_unless_terminal():
             super()._save(str(pending), state_dict)
             write_arguments(self.args, pending)
+
+    def init_hf_repo(self, *args, **kwargs):
+        """As transformers'; a hub that cannot be reached is an OSError of one line."""
+        with _hub(
+            f"push_to_hub: {self.args.hub_model_id or Path(self.args.output_dir).name} cannot be made on the hub"
+        ):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As transformers'; OSError where the upload fails: the model is in `output_dir` by then."""
+        with _hub(f"the model was not uploaded; it is in {self.args.output_dir}"):
+            return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *, model_name=None, tags=None, dataset=None, **kwargs):
         """Write `README.md` into `args.output_dir`; `push_to_hub` calls this with its keyword arguments."""

@@ -51,10 +51,16 @@ def load_model(model, args: DPOConfig, shared: bool = False) -> torch.nn.Module:
     config = load_config(name, args)
     options = {"dtype": "float32", "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
     options = {**options, **(args.model_init_kwargs or {}), "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are named below
     if shared and options.get("attn_implementation") not in ("eager", "sdpa"):
         options.pop("attn_implementation", None)
     with _one_line(name):
         loaded, info = _auto_class(config).from_pretrained(name, **options)
+    if info["mismatched_keys"]:
+        weight, found, wanted = min(info["mismatched_keys"])
+        raise ValueError(
+            f"the weights of {name} do not have the shapes of its config.json: {weight} is {list(found)}, not {list(wanted)}"
+        )
     if info["missing_keys"]:
         raise ValueError(
             f"{name} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, which would be random: is it a "
@@ -123,7 +129,9 @@ def check_adapters(peft_config) -> None:
     config = peft_config if isinstance(peft_config, dict) else vars(peft_config)
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     if kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT"):
-        raise ValueError(f"{kind.lower()} is not supported, since it puts virtual tokens before the prompt: use LoRA")
+        raise ValueError(
+            f"{kind.lower()} is not supported: prompt-learning puts virtual tokens before the prompt; use LoRA"
+        )
 
 
 def check_name(name: str, args: DPOConfig) -> None:

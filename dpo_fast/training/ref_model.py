@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..forest.model import evaluating
 from ..losses import LossOptions
 from .ref_cache import RefCache, compute_missing, weights_fingerprint
 
+logger = logging.getLogger(__name__)
 NONE, CACHED, MODEL, ADAPTER = "none", "cached", "model", "adapter"
 
 
@@ -36,9 +38,10 @@ def choose_reference(args, model, ref_model, sharded: bool, adapters: bool) -> s
         wanted = not adapters and not args.sync_ref_model
     if wanted:
         return CACHED
-    if args.ref_cache_dir or args.precompute_ref_batch_size:
-        raise ValueError(
-            "ref_cache_dir and precompute_ref_batch_size have no effect: nothing is precomputed in this run"
+    if (args.ref_cache_dir or args.precompute_ref_batch_size) and args.process_index == 0:
+        logger.warning(
+            "ref_cache_dir and precompute_ref_batch_size are not used: nothing is precomputed in this run "
+            "(precompute_ref_log_probs=True does)"
         )
     if adapters and ref_model is None:
         return ADAPTER

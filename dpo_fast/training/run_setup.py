@@ -17,7 +17,7 @@ from ..forest.model import own_config, prepare_model, restore_model
 from ..losses import LossOptions
 from .checkpointing import choose
 from .config import DPOConfig
-from .dropout import no_dropout
+from .dropout import no_dropout, random_router
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
 from .start_checks import check_finite, check_positions
@@ -68,6 +68,7 @@ class Setup:
     """Everything that `DPOTrainer` needs to know about its run; see the fields."""
 
     model: torch.nn.Module
+    start_name: str | None  # what the start weights can be loaded from again
     ref_model: torch.nn.Module | None
     plan: Plan
     tokenizer: Any
@@ -110,6 +111,11 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     for module in filter(None, (model, ref_model)):
         own_config(base_model(module))
         if args.disable_dropout:
+            if router := random_router(module):
+                raise ValueError(
+                    f"{router} draws its experts at random in training mode, which no dropout option turns off: set "
+                    "disable_dropout=False to train with its noise"
+                )
             no_dropout(module)
     ref_model = ref_model.requires_grad_(False).eval() if ref_model is not None else None
     plan = prepare_model(model, workspace_bytes=args.workspace_bytes, backend=args.backend)
@@ -117,9 +123,9 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     share = args.share
     if not plan.share and share != "none":
         share = "none"
-        logger.warning(
-            "prompts are not shared: %s", plan.obstacle or "the model carries no state (carries_state=False)"
-        )
+        if args.process_index == 0:
+            why = plan.obstacle or "the model carries no state (carries_state=False)"
+            logger.warning("prompts are not shared: %s", why)
     head = output_layer(base_model(model))
     vocab_size = head.weight.shape[0]
     datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
@@ -131,6 +137,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
         model.enable_input_require_grads()
     return Setup(
         model=model,
+        start_name=name or None,
         ref_model=ref_model,
         plan=plan,
         tokenizer=tokenizer,

@@ -16,7 +16,11 @@ def log_line(logs: dict, step: int, steps: int) -> str | None:
 
     An evaluation's line begins with its name ("eval", "eval_helpful").
     """
-    prefix = next((name.removesuffix("_loss") for name in logs if name.endswith("_loss") and name != "train_loss"), "")
+    if "train_loss" in logs:
+        return None
+    prefix = next(
+        (name.removesuffix("_loss") for name in logs if name.endswith("_loss") and "aux_loss" not in name), ""
+    )
     found = [
         f"{word} {form.format(logs[key])}"
         for name, (word, form) in _SHOWN.items()

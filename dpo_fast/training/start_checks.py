@@ -1,6 +1,7 @@
 """Checks before a run spends its time: the weights are finite, the rows fit the model's positions, sharing changes no
 log-prob, and the policy starts at the reference."""
 
+import inspect
 import logging
 import math
 
@@ -12,6 +13,7 @@ from ..forest.model import evaluating, reset_rope
 from ..forest.packing import PrefixForest
 
 logger = logging.getLogger(__name__)
+_PROMPT, _SCORED = 64, 32  # tokens that a check looks at
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -59,20 +61,36 @@ def _learns_positions(model) -> bool:
 def verify_start(model: torch.nn.Module, plan: Plan, data: PairDataset, share: str, deterministic: bool) -> None:
     """Check the model as the run will use it, on rows of the run: log-probs against its own forward, and no dropout.
 
-    A shared model sees a slice of the first pair; a padded one sees the longest pair of the data beside the shortest, both
-    whole. With `deterministic`, two passes in training mode must give the same numbers. Raises ValueError where a check
-    fails.
+    A shared model sees a slice of the first pair; a padded one sees the longest pair of the data beside the shortest, slices
+    too unless its positions depend on the row's length. Only the last tokens are scored, so that a long row makes few logits.
+    With `deterministic`, two passes in training mode must give the same numbers. Raises ValueError where a check fails.
     """
     examples = data.examples
     if plan.path == "padded":
         size = [sum(len(e[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for e in examples]
         order = sorted(range(len(size)), key=size.__getitem__)
         rows = [examples[i] for i in dict.fromkeys((order[-1], order[0]))]
+        rows = [_last_scored(e) if plan.regimes else _slice(e) for e in rows]
     else:
-        e = examples[0]
-        rows = [{"prompt_ids": e["prompt_ids"][-64:], **{k: e[k][:32] for k in ("chosen_ids", "rejected_ids")}}]
+        rows = [_slice(examples[0])]
     verify_sharing(model, plan, rows, share)
     verify_training_mode(model, rows, share, deterministic)
+
+
+def _slice(example: dict) -> dict:
+    return {
+        "prompt_ids": example["prompt_ids"][-_PROMPT:],
+        **{side: example[side][:_SCORED] for side in ("chosen_ids", "rejected_ids")},
+    }
+
+
+def _last_scored(example: dict) -> dict:
+    """The same two sequences, of whose completions all but the last tokens count as prompt."""
+    prompts = {"chosen_ids": example["prompt_ids"]}
+    prompts["rejected_ids"] = example.get("rejected_prompt_ids", example["prompt_ids"])
+    before = {side: [*prompts[side], *example[side][:-_SCORED]] for side in prompts}
+    last = {side: example[side][-_SCORED:] for side in prompts}
+    return {"prompt_ids": before["chosen_ids"], "rejected_prompt_ids": before["rejected_ids"], **last}
 
 
 def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: str) -> float:
@@ -83,13 +101,15 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: 
     model = base_model(model)
     parameter = next(model.parameters())
     forest = PrefixForest.from_pairs(rows, share=share).to(parameter.device)
-    sequences = [(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids") for e in rows]
+    sequences = [(e["prompt_ids"], e["chosen_ids"]) for e in rows]
+    sequences += [(e.get("rejected_prompt_ids", e["prompt_ids"]), e["rejected_ids"]) for e in rows]
+    few = "logits_to_keep" in inspect.signature(model.forward).parameters
     differences = [torch.zeros(1, dtype=torch.float64, device=parameter.device)]
     with evaluating(model), torch.autocast(parameter.device.type, enabled=False):
         # Any back end will do: a model that FSDP will move is still on the CPU.
         ours = forest.gather_paths(model(forest=forest, backend=None)["token_logps"]).double()
         for s, (prompt, completion) in enumerate(sequences):
-            ids = torch.tensor([[*prompt, *completion]], device=parameter.device)
+            ids, scored = torch.tensor([[*prompt, *completion]], device=parameter.device), int(forest.lengths[s])
             if plan.path == "segments":
                 hidden, _ = model.hidden_states(ids)
                 head = model.get_output_embeddings()
@@ -97,8 +117,8 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: 
             else:
                 if plan.regimes:
                     reset_rope(model)
-                logits = model(input_ids=ids, use_cache=False).logits[0]
-            scored = int(forest.lengths[s])
+                extra = {"logits_to_keep": scored + 1} if few else {}
+                logits = model(input_ids=ids, use_cache=False, **extra).logits[0]
             logps = logits[-scored - 1 : -1].double().log_softmax(-1)
             theirs = logps.gather(1, ids[0, ids.shape[1] - scored :, None])[:, 0]
             differences.append((ours[s, :scored] - theirs).abs())

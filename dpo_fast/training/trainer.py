@@ -19,6 +19,7 @@ from .config import DPOConfig
 from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, precompute
 from .run_setup import RunPlan, plan_run, set_up
 from .start_checks import verify_start
+from .start_model import start_model
 
 
 class DPOTrainer(BatchLoss):
@@ -57,6 +58,8 @@ class DPOTrainer(BatchLoss):
             raise ValueError("compute_metrics cannot be given: no logits exist to compute from; leave it out")
         if quantization_config is not None:
             raise ValueError("quantization_config is not supported: use peft_config with bfloat16 weights instead")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("`train_dataset` is required (or eval_dataset, to evaluate alone)")
         args = args or DPOConfig()
         if args.gradient_checkpointing is None:
             args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
@@ -98,6 +101,7 @@ class DPOTrainer(BatchLoss):
                 alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
                 self.add_callback(SyncRefModelCallback(self.ref_model, alpha, steps))
         self._sums: torch.Tensor | None = None  # sums of metrics.COLUMNS since the last log
+        self._aux_loss: float | None = None  # the last log's, which the summary at the end repeats as TRL's does
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []  # (index, table) of the evaluation in progress
         self._eval_totals: Totals | None = None
         self._started = self._verified = False
@@ -118,17 +122,19 @@ class DPOTrainer(BatchLoss):
 
     def _with_reference(self, data: PairDataset | None, name: str) -> PairDataset | None:
         if data is not None and self.setup.reference == CACHED and "ref_chosen_logps" not in data[0]:
-            data.set_reference(precompute(self, self.ref_model or self.model, data.examples, name))
+            model = self.ref_model or self.model
+            if self._has_trained and self.ref_model is None and not self.setup.adapters:
+                model = start_model(self)
+            data.set_reference(precompute(self, model, data.examples, name))
         return data
+
+    @property
+    def _has_trained(self) -> bool:
+        return self._started or self.state.global_step > 0
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate as `Trainer.evaluate` does; rows that were not given at construction are prepared here."""
         if eval_dataset is not None and not isinstance(eval_dataset, (PairDataset, dict, str)):
-            if self.setup.reference == CACHED and self._started and not self.setup.adapters and self.ref_model is None:
-                raise ValueError(
-                    "the reference of these rows cannot be computed any more, since the model has been trained: pass "
-                    "them as eval_dataset at construction, or set precompute_ref_log_probs=False"
-                )
             data = prepare(
                 eval_dataset, self.setup.tokenizer, self.args, self.setup.vocab_size, metric_key_prefix, self.share
             )
@@ -257,12 +263,15 @@ class DPOTrainer(BatchLoss):
             sums = self.accelerator.reduce(self._sums) if self.accelerator.num_processes > 1 else self._sums
             if sums[metrics.COLUMNS.index("pairs")] > 0:
                 logs.update(self._name(metrics.means(sums)))
+                self._aux_loss = logs.get("aux_loss")
             else:
                 del logs["loss"]  # every pair was left out (on_nan="skip")
             self._sums = None
             self._count_tokens()
             logs["num_tokens"] = self.state.num_input_tokens_seen
             logs.update(self.throughput.report(self.setup.flops, self.accelerator))
+        if "train_loss" in logs and self._aux_loss is not None:
+            logs["aux_loss"] = self._aux_loss
         super().log(logs, start_time)
         if training:
             self.check_finite(logs)

@@ -1,8 +1,10 @@
-"""TRL's own tests of its DPOTrainer, with dpo_fast.integrations.trl's in its place.
+"""TRL's own tests of its DPO trainer, with dpo_fast's trainer in the place of TRL's.
 
-python tests/peers/run_trl.py CHECKOUT [pytest options]      # of TRL; trl 1.16 itself is installed
+    python tests/peers/run_trl.py CHECKOUT [--peer] [pytest's options]
 
-The tests load tiny models and data from a hub: stand-ins of the same names are written into the folder that they run in.
+CHECKOUT is a clone of TRL's repository; nothing of it is copied. `--peer` leaves TRL's own trainer in place, for comparison:
+some tests need a GPU, images or a network and fail there too. Models and data are made in a temporary folder that has their
+names on the hub (stand_ins.py). docs/trl.md lists the outcome.
 """
 
 import os
@@ -11,23 +13,30 @@ import sys
 import tempfile
 from pathlib import Path
 
-import stand_ins
-
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
-def main() -> int:
-    checkout, *options = sys.argv[1:]
+def main(arguments: list[str]) -> int:
+    if not arguments or not Path(arguments[0], "tests", "test_dpo_trainer.py").is_file():
+        print("usage: python tests/peers/run_trl.py CHECKOUT_OF_TRL [--peer] [pytest's options]", file=sys.stderr)
+        return 2
+    checkout, *options = arguments
     checkout = Path(checkout).resolve()
-    path = os.pathsep.join(str(x) for x in (HERE, HERE.parents[1], os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    plugin = [] if "--peer" in options else ["-p", "trl_plugin"]
+    options = [option for option in options if option != "--peer"]
     with tempfile.TemporaryDirectory() as folder:
-        stand_ins.write(Path(folder))
-        test = str(checkout / "tests" / "test_dpo_trainer.py")
-        common = ["-q", "-p", "trl_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(checkout)]
-        command = [sys.executable, "-m", "pytest", test, *common, *options]
-        return subprocess.run(command, cwd=folder, env=environment).returncode
+        hub = Path(folder, "hub")
+        hub.mkdir()
+        making = [sys.executable, "-c", "import pathlib, stand_ins; stand_ins.write(pathlib.Path.cwd())"]
+        environment = {
+            **os.environ, "HF_HOME": str(Path(folder, "home")), "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), str(checkout), os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        subprocess.run(making, cwd=hub, env=environment, check=True, stderr=subprocess.DEVNULL)
+        pytest = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--rootdir", str(checkout)]
+        target = [f"{checkout}/tests/test_dpo_trainer.py", "-W", "ignore"]
+        return subprocess.run([*pytest, *plugin, *options, *target], cwd=hub, env=environment).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

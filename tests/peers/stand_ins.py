@@ -94,6 +94,7 @@ def write(folder: Path) -> None:
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **special, **changes})
         _save(transformers.AutoModelForCausalLM.from_config(config), ids, folder / HUB / name)
+    _save(_vision(len(ids), special), ids, folder / HUB / "tiny-Qwen2_5_VLForConditionalGeneration")
     remote = folder / HUB / "tiny-RemoteForCausalLM"
     _save(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SIZES, **special)), ids, remote)
     (remote / "remote.py").write_text(_REMOTE)
@@ -103,6 +104,19 @@ def write(folder: Path) -> None:
         json.dumps({**found, "model_type": "remote", "architectures": ["RemoteForCausalLM"], "auto_map": auto})
     )
     _write_data(folder)
+
+
+def _vision(words: int, special: dict) -> transformers.PreTrainedModel:
+    """A vision-language model without its image processor: text data alone."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1]}
+    text = {**_SIZES, **special, "vocab_size": words + 4, "rope_parameters": rope}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    tokens = {"image_token_id": words, "video_token_id": words + 1}
+    edges = {"vision_start_token_id": words + 2, "vision_end_token_id": words + 3}
+    config = transformers.AutoConfig.for_model(
+        "qwen2_5_vl", text_config=text, vision_config={**eyes, "fullatt_block_indexes": [0]}, **tokens, **edges
+    )
+    return transformers.AutoModelForImageTextToText.from_config(config)
 
 
 def _save(model, ids, folder: Path) -> None:

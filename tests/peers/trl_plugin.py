@@ -1,7 +1,7 @@
-"""A pytest plugin that puts dpo_fast's trainer and config in the place of TRL's: `pytest -p trl_plugin` (see run_trl.py)."""
+"""A pytest plugin that puts dpo_fast's trainer and config in the place of TRL's: `pytest -p trl_plugin` (run_trl.py does)."""
 
 import trl
 
-from dpo_fast.integrations import trl as ours
+import dpo_fast
 
-trl.DPOTrainer, trl.DPOConfig = ours.DPOTrainer, ours.DPOConfig
+trl.DPOTrainer, trl.DPOConfig = dpo_fast.DPOTrainer, dpo_fast.DPOConfig
