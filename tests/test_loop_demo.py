@@ -7,7 +7,7 @@ from dpo_fast.loop.demonstration import demonstrate
 
 @pytest.mark.slow
 def test_polite_answers_rise_and_the_report_is_named_last(tmp_path, capsys):
-    options = {"rounds": 2, "questions": 120, "hidden_size": 64, "sft_epochs": 8}
+    options = {"rounds": 2, "questions": 160, "hidden_size": 64, "sft_epochs": 6}
     shares = demonstrate(str(tmp_path), **options)
     report = tmp_path / "loop" / "report.html"
     assert shares[0] < 0.5

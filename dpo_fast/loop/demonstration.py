@@ -58,7 +58,7 @@ def demonstrate(
             train={
                 "loss_type": ["sigmoid", "sft"],
                 "beta": 0.5,
-                "learning_rate": 1e-4,
+                "learning_rate": 1.5e-4,
                 "per_device_train_batch_size": 16,
                 "num_train_epochs": 2,
                 "gradient_checkpointing": False,
