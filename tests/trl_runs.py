@@ -39,7 +39,7 @@ def rows(count=24):
 def options(folder, **changes):
     fixed = {
         "output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False, "max_steps": STEPS,
-        "logging_steps": 1, "optim": "sgd", "learning_rate": 5e-2, "per_device_train_batch_size": 4, "save_strategy": "no",
+        "logging_steps": 1, "optim": "sgd", "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no",
         "disable_tqdm": True, "seed": 3, "gradient_checkpointing": False,
     }  # fmt: skip
     return trl.DPOConfig(**fixed | changes)

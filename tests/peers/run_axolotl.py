@@ -34,8 +34,6 @@ COMMON = {
 CASES = {
     "sigmoid": {},
     "ipo": {"rl": "ipo"},
-    "an sft term": {"rpo_alpha": 0.5},
-    "LoRA": {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True},
 }
 
 
