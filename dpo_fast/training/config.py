@@ -94,7 +94,10 @@ class DPOConfig(TrainingArguments):
     )
     padding_free: bool = field(default=True, metadata={"help": "Always so here: nothing is padded."})
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Nothing is padded."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Not used: tokenizers run in threads."})
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that make tokens of the rows. Default: one, whose tokenizer runs in threads."},
+    )
     pad_token: str | None = field(default=None, metadata={"help": "Not used: nothing is padded."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Count and list unusable rows instead of stopping."})
 

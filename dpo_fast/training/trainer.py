@@ -30,7 +30,8 @@ class DPOTrainer(BatchLoss):
     ref_model: the reference. If left out, it is the model as it is passed in; a copy of it is kept in memory only where its
         log-probs are neither precomputed nor computed by switching adapters off.
     train_dataset, eval_dataset: rows in any layout of `dpo_fast.data` (datasets.Dataset or list of mappings) or rows
-        with `prompt_ids`, `chosen_ids` and `rejected_ids`; `eval_dataset` may be a dict of several.
+        with `prompt_ids`, `chosen_ids` and `rejected_ids`; `eval_dataset` may be a dict of several. `train_dataset` may
+        also be a datasets.IterableDataset, with max_steps and a reference that is computed in every step.
     processing_class: the tokenizer. If left out, it is loaded from the model's folder.
     peft_config: wraps the model in adapters.
 
@@ -121,7 +122,7 @@ class DPOTrainer(BatchLoss):
     # Data.
 
     def _with_reference(self, data: PairDataset | None, name: str) -> PairDataset | None:
-        if data is not None and self.setup.reference == CACHED and "ref_chosen_logps" not in data[0]:
+        if data is not None and self.setup.reference == CACHED and data.examples.reference is None:
             model = self.ref_model or self.model
             if self._has_trained and self.ref_model is None and not self.setup.adapters:
                 model = start_model(self)
