@@ -201,7 +201,8 @@ def _inspect(pairs: Pairs, tokenizer, args, part: str) -> str:
     )
     if part != "train":
         return report(pairs, tokenized, tokenizer, evaluation_batches(tokenized.examples, args))
-    return report(pairs, tokenized, tokenizer, training_batches(tokenized.examples, args))
+    others = None if args.tokens_per_step is None else training_batches(tokenized.examples, args, by_tokens=False)
+    return report(pairs, tokenized, tokenizer, training_batches(tokenized.examples, args), others)
 
 
 def _train(plan, script, args, tokenizer, data, resume, say) -> None:

@@ -71,6 +71,7 @@ def test_training_is_that_of_the_list(tmp_path):
             {"precompute_ref_log_probs": None},
             "precompute_ref_log_probs is not supported with IterableDataset: .* cannot be computed",
         ),
+        ({"tokens_per_step": 100, "per_device_train_batch_size": 8}, "streamed: tokens_per_step"),
         ({"max_length": 1024}, "the model has 128 positions .*set max_length to 128 at most"),
     ],
 )

@@ -86,6 +86,10 @@ def _streamed(rows, tokenizer, args, vocab_size: int | None, check) -> StreamedP
     """Raises ValueError for what needs the number of pairs."""
     if args.max_steps <= 0:
         raise ValueError("the train data is streamed, so nobody knows where an epoch ends: set max_steps")
+    if args.tokens_per_step is not None:
+        raise ValueError(
+            "the train data is streamed: tokens_per_step puts pairs of all the data together, leave it out"
+        )
     if args.world_size > 1:
         raise ValueError("the train data is streamed, which works in one process only: load it without streaming")
     options = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "vocab_size": vocab_size}

@@ -22,9 +22,11 @@ def report(
     tokenized: TokenizedPairs,
     tokenizer,
     batches: list[list[list[dict]]],
+    by_pairs: list[list[list[dict]]] | None = None,
 ) -> str:
     """Layouts, one decoded pair, lengths, what is lost, and tokens per pass with each way of batching.
 
+    by_pairs: where `batches` are filled to a budget of tokens, those of a number of pairs, to compare.
 
     batches: the examples batch by batch in training's order, each batch as the groups that go through the model
         together; the first `BATCHES` are counted. All lengths and sums are in tokens.
@@ -43,6 +45,8 @@ def report(
         ("Warnings", "\n".join(tokenized.warnings) or "none"),
         (f"Tokens in {which} (of {most} pairs, in training's order)", _savings(counted)),
     ]
+    if by_pairs is not None:
+        sections.append(("Tokens with tokens_per_step", _compared(counted, by_pairs[:BATCHES])))
     return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
 
 
@@ -108,6 +112,16 @@ def _savings(batches: list[list[list[dict]]]) -> str:
         saved = f"{padded / n:.2f}x fewer than padded, {packed / n:.2f}x fewer than packed"
         lines.append(f"{name:<16} {n:>12,}  {saved} (perf/tokens_saved {1 - n / packed:.1%})")
     return "\n".join(lines)
+
+
+def _compared(by_tokens: list[list[list[dict]]], by_pairs: list[list[list[dict]]]) -> str:
+    """Tokens per pair that the trunk computes, with the budget and without."""
+    lines, found = [], []
+    for name, batches in (("with", by_tokens), ("without", by_pairs)):
+        sizes = [sum(map(len, batch)) for batch in batches]
+        found.append(count_tokens(batches)["prefix shared"] / sum(sizes))
+        lines.append(f"{name:<8} {found[-1]:>10.1f} per pair, {min(sizes)} to {max(sizes)} pairs in a batch")
+    return "\n".join([*lines, f"{1 - found[0] / found[1]:.1%} of the tokens saved"])
 
 
 def count_tokens(batches: list[list[list[dict]]]) -> dict[str, int]:

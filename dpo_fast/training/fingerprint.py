@@ -13,7 +13,7 @@ from .ref_cache import weights_fingerprint
 # Options of a config that decide what is computed, beside those of the loss.
 _OPTIONS = (
     "ld_alpha", "use_weighting", "router_aux_loss_coef", "disable_dropout", "max_length", "bf16", "fp16", "seed",
-    "data_seed", "train_sampling_strategy", "dataloader_drop_last", "learning_rate", "lr_scheduler_type",
+    "data_seed", "train_sampling_strategy", "tokens_per_step", "dataloader_drop_last", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",
     "max_grad_norm", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip

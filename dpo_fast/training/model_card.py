@@ -50,6 +50,8 @@ def _last_metrics(history: list[dict]) -> dict[str, float]:
 
 
 def _step(args) -> dict[str, int]:
+    if args.tokens_per_step is not None:
+        return {"tokens per step": args.tokens_per_step}
     return {"pairs per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size}
 
 

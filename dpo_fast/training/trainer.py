@@ -15,6 +15,7 @@ from ..forest.batch import ForestCollator, Part, padded_tokens
 from ..forest.model import prepare_model
 from . import metrics
 from .batch_loss import BatchLoss, Totals
+from .batches import token_batches
 from .config import DPOConfig
 from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, precompute
 from .run_setup import RunPlan, plan_run, set_up
@@ -132,6 +133,22 @@ class DPOTrainer(BatchLoss):
     @property
     def _has_trained(self) -> bool:
         return self._started or self.state.global_step > 0
+
+    def get_train_dataloader(self):
+        """As `Trainer.get_train_dataloader`; with `tokens_per_step`, over batches that are filled to that budget."""
+        if self.args.tokens_per_step is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=token_batches(self.train_dataset.examples, self.share, args),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate as `Trainer.evaluate` does; rows that were not given at construction are prepared here."""
