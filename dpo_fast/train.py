@@ -171,6 +171,7 @@ def _load_pairs(script, args, say) -> dict[str, Pairs]:
         "ranking_pairs": script.ranking_pairs,
         "seed": args.seed,
         "log": say,
+        "cache": True,
     }
     pairs = {"train": load_pairs(train_sources(script), split=script.dataset_train_split, **common)}
     if args.do_eval and script.test_split_size is not None:
@@ -195,10 +196,13 @@ def _inspect(pairs: Pairs, tokenizer, args, part: str) -> str:
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
         skip_bad_rows=args.skip_bad_rows,
+        num_proc=args.dataset_num_proc,
         log=_say_nothing,
     )
-    batches = training_batches if part == "train" else evaluation_batches
-    return report(pairs, tokenized, tokenizer, batches(tokenized.examples, args))
+    if part != "train":
+        return report(pairs, tokenized, tokenizer, evaluation_batches(tokenized.examples, args))
+    others = None if args.tokens_per_step is None else training_batches(tokenized.examples, args, by_tokens=False)
+    return report(pairs, tokenized, tokenizer, training_batches(tokenized.examples, args), others)
 
 
 def _train(plan, script, args, tokenizer, data, resume, say) -> None:

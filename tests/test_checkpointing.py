@@ -97,6 +97,9 @@ def test_the_largest_batch_counts(tmp_path):
     assert checkpointing.most_rows(data, args, "none", padded=True) == (4 * 59, 59)
     args = config(tmp_path, max_tokens_per_batch=70)
     assert checkpointing.most_rows(data, args, "prefix") == (70, 59)
+    args = config(tmp_path, tokens_per_step=150, gradient_accumulation_steps=2)
+    assert checkpointing.most_rows(data, args, "prefix") == (75, 59)
+    assert checkpointing.most_rows(data, args, "none", padded=True) == (2 * 4 * 59, 59)
 
 
 MODELS = {

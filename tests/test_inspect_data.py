@@ -54,6 +54,19 @@ def test_marked_pair_and_layout():
     assert section(text, "Layout") == ["a.jsonl: prompt, chosen, rejected as text", "3 pairs to train on"]
 
 
+def test_a_budget_of_tokens_beside_a_number_of_pairs():
+    pairs, found = Pairs(layout={"a.jsonl": "text"}), TokenizedPairs(examples=EXAMPLES)
+    by_tokens = [[EXAMPLES[:2]], [EXAMPLES[2:]]]  # the prompt of the first two is computed once
+    lines = section(report(pairs, found, Letters(), by_tokens, in_batches(EXAMPLES, 1)), "Tokens with tokens_per_step")
+    with_, without = (count_tokens(batches)["prefix shared"] for batches in (by_tokens, in_batches(EXAMPLES, 1)))
+    assert with_ < without
+    assert [line.split() for line in lines[:2]] == [
+        ["with", f"{with_ / 3:.1f}", *["per", "pair,", "1", "to", "2", "pairs", "in", "a", "batch"]],
+        ["without", f"{without / 3:.1f}", *["per", "pair,", "1", "to", "1", "pairs", "in", "a", "batch"]],
+    ]
+    assert lines[2] == f"{1 - with_ / without:.1%} of the tokens saved"
+
+
 def test_lengths():
     lines = section(make_report(), "Lengths")
     assert lines[0] == "prompt: min 1, median 2, max 2"

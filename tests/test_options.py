@@ -161,7 +161,7 @@ def test_refused_options_are_named_together():
 
 # A value that each option of UNUSED is not used with.
 NOT_USED = {
-    "pad_token": "x", "pad_to_multiple_of": 8, "dataset_num_proc": 2, "length_column_name": "n",
+    "pad_token": "x", "pad_to_multiple_of": 8, "length_column_name": "n",
     "remove_unused_columns": True, "label_names": ["x"], "auto_find_batch_size": True, "activation_offloading": True,
     "torch_empty_cache_steps": 5, "use_cache": True,
     "torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default", "bf16_full_eval": True,
@@ -235,8 +235,8 @@ def test_options_of_parts_that_are_switched_off_are_named(name, others, caplog):
 
 
 def test_one_warning_names_all_that_is_not_used(caplog):
-    parsed(pad_token="x", lora_r=4, lora_alpha=8, eval_steps=3, dataset_num_proc=2)
-    text = "pad_token, dataset_num_proc; lora_r, lora_alpha (without use_peft); eval_steps (without evaluation)"
+    parsed(pad_token="x", lora_r=4, lora_alpha=8, eval_steps=3, length_column_name="n")
+    text = "pad_token, length_column_name; lora_r, lora_alpha (without use_peft); eval_steps (without evaluation)"
     assert warned(caplog).endswith(text)
 
 
@@ -251,7 +251,7 @@ def test_what_is_counted_may_be_named(caplog):
 
 def test_other_processes_of_a_run_do_not_repeat_the_warning(caplog, monkeypatch):
     monkeypatch.setattr(DPOConfig, "process_index", 1)
-    assert DPOConfig(use_cpu=True, dataset_num_proc=4).dataset_num_proc is None
+    assert DPOConfig(use_cpu=True, pad_token="x").pad_token is None
     assert not caplog.records
 
 

@@ -4,6 +4,7 @@ The batches and the forests that are counted are those of training.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 from ..forest.packing import PrefixForest
 from .sources import Pairs
@@ -16,8 +17,16 @@ PLACES = 3
 BATCHES = 1000  # batches that are counted at most
 
 
-def report(pairs: Pairs, tokenized: TokenizedPairs, tokenizer, batches: list[list[list[dict]]]) -> str:
+def report(
+    pairs: Pairs,
+    tokenized: TokenizedPairs,
+    tokenizer,
+    batches: list[list[list[dict]]],
+    by_pairs: list[list[list[dict]]] | None = None,
+) -> str:
     """Layouts, one decoded pair, lengths, what is lost, and tokens per pass with each way of batching.
+
+    by_pairs: where `batches` are filled to a budget of tokens, those of a number of pairs, to compare.
 
     batches: the examples batch by batch in training's order, each batch as the groups that go through the model
         together; the first `BATCHES` are counted. All lengths and sums are in tokens.
@@ -26,7 +35,7 @@ def report(pairs: Pairs, tokenized: TokenizedPairs, tokenizer, batches: list[lis
     if not tokenized.examples:
         raise ValueError("no tokenized pair to report on")
     counted = batches[:BATCHES]
-    which = "all batches of an epoch" if counted == batches else f"the first {BATCHES} of {len(batches):,} batches"
+    which = "all batches of an epoch" if len(batches) <= BATCHES else f"the first {BATCHES} of {len(batches):,} batches"
     most = max(sum(map(len, batch)) for batch in counted)
     sections = [
         ("Layout", _layout(pairs, tokenized)),
@@ -36,6 +45,8 @@ def report(pairs: Pairs, tokenized: TokenizedPairs, tokenizer, batches: list[lis
         ("Warnings", "\n".join(tokenized.warnings) or "none"),
         (f"Tokens in {which} (of {most} pairs, in training's order)", _savings(counted)),
     ]
+    if by_pairs is not None:
+        sections.append(("Tokens with tokens_per_step", _compared(counted, by_pairs[:BATCHES])))
     return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
 
 
@@ -48,15 +59,15 @@ def _first_pair(example: dict, tokenizer) -> str:
     """Prompt and both completions; the scored tokens stand between the marks."""
     lines = []
     for side in ("chosen", "rejected"):
-        ids = example.get(f"{side}_prompt_ids", example["prompt_ids"])
-        prompt, both = tokenizer.decode(ids), tokenizer.decode(ids + example[f"{side}_ids"])
+        ids, scored_ids = list(example.get(f"{side}_prompt_ids", example["prompt_ids"])), list(example[f"{side}_ids"])
+        prompt, both = tokenizer.decode(ids), tokenizer.decode(ids + scored_ids)
         # A completion that is decoded alone may lose its first space.
-        scored = both[len(prompt) :] if both.startswith(prompt) else tokenizer.decode(example[f"{side}_ids"])
+        scored = both[len(prompt) :] if both.startswith(prompt) else tokenizer.decode(scored_ids)
         lines.append(f"-- {side} ({OPEN}scored{CLOSE})\n{prompt}{OPEN}{scored}{CLOSE}")
     return "\n".join(lines)
 
 
-def _lengths(examples: list[dict]) -> str:
+def _lengths(examples: Sequence[Mapping]) -> str:
     lengths = {side: [len(e[f"{side}_ids"]) for e in examples] for side in ("prompt", "chosen", "rejected")}
     parts = [f"{side}: {_histogram(values)}" for side, values in lengths.items()]
     total = {side: sum(values) for side, values in lengths.items()}
@@ -101,6 +112,16 @@ def _savings(batches: list[list[list[dict]]]) -> str:
         saved = f"{padded / n:.2f}x fewer than padded, {packed / n:.2f}x fewer than packed"
         lines.append(f"{name:<16} {n:>12,}  {saved} (perf/tokens_saved {1 - n / packed:.1%})")
     return "\n".join(lines)
+
+
+def _compared(by_tokens: list[list[list[dict]]], by_pairs: list[list[list[dict]]]) -> str:
+    """Tokens per pair that the trunk computes, with the budget and without."""
+    lines, found = [], []
+    for name, batches in (("with", by_tokens), ("without", by_pairs)):
+        sizes = [sum(map(len, batch)) for batch in batches]
+        found.append(count_tokens(batches)["prefix shared"] / sum(sizes))
+        lines.append(f"{name:<8} {found[-1]:>10.1f} per pair, {min(sizes)} to {max(sizes)} pairs in a batch")
+    return "\n".join([*lines, f"{1 - found[0] / found[1]:.1%} of the tokens saved"])
 
 
 def count_tokens(batches: list[list[list[dict]]]) -> dict[str, int]:

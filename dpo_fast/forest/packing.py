@@ -316,14 +316,11 @@ def pair_tokens(example: Mapping, share: str) -> int:
     return total
 
 
-def check_fits(examples: Sequence[Mapping], share: str, max_tokens: int | None) -> None:
-    """Raise ValueError when a single pair is larger than `max_tokens`."""
-    if max_tokens is None:
-        return
-    sizes = [pair_tokens(e, share) for e in examples]
-    large = [i for i, n in enumerate(sizes) if n > max_tokens]
-    if large:
+def check_fits(sizes: np.ndarray, max_tokens: int) -> None:
+    """Raise ValueError when a single pair is larger than `max_tokens`; `sizes` are the pairs' `pair_tokens`."""
+    large = np.flatnonzero(sizes > max_tokens)
+    if len(large):
         raise ValueError(
             f"{len(large)} pairs have more tokens than max_tokens_per_batch={max_tokens} (pair {large[0]} has "
-            f"{sizes[large[0]]}): raise it to {max(sizes)} or lower max_length"
+            f"{sizes[large[0]]}): raise it to {sizes.max()} or lower max_length"
         )

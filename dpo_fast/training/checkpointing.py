@@ -9,12 +9,14 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..backends.eager import TILE_BYTES
 from ..data.pairs import PairDataset
+from ..data.streamed import StreamedPairs
 from ..forest.gate import Plan, base_model
-from ..forest.packing import pair_tokens
+from .batches import batch_budget
 from .config import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -69,12 +71,18 @@ def _by_memory(model, ref_model, plan, args, data, share, sharded) -> tuple[bool
     )
 
 
-def most_rows(data: PairDataset, args: DPOConfig, share: str, padded: bool = False) -> tuple[int, int]:
+def most_rows(data: PairDataset | StreamedPairs, args: DPOConfig, share: str, padded: bool = False) -> tuple[int, int]:
     """Rows of the largest forest that a micro-batch of `data` can make, and tokens of the longest sequence."""
-    sizes = sorted((pair_tokens(example, share) for example in data.examples), reverse=True)
-    longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in data.examples)
+    sizes, longest = data.examples.pair_tokens(share), int(np.maximum(*data.examples.sequence_lengths()).max())
+    if isinstance(data, StreamedPairs) and data.max_length is not None:  # what comes later may be longer
+        longest = data.max_length
+        sizes = np.full(args.per_device_train_batch_size, 2 * longest)
     pairs = min(args.per_device_train_batch_size, len(sizes))
-    rows = 2 * pairs * longest if padded else sum(sizes[:pairs])
+    rows = int(np.sort(sizes)[-pairs:].sum())
+    if args.tokens_per_step is not None:
+        rows = batch_budget(args)
+        pairs = min(max(rows // int(sizes.min()), 1), len(sizes))
+    rows = 2 * pairs * longest if padded else rows
     return rows if args.max_tokens_per_batch is None else min(rows, args.max_tokens_per_batch), longest
 
 

@@ -94,7 +94,10 @@ class DPOConfig(TrainingArguments):
     )
     padding_free: bool = field(default=True, metadata={"help": "Always so here: nothing is padded."})
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Nothing is padded."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Not used: tokenizers run in threads."})
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that make tokens of the rows. Default: one, whose tokenizer runs in threads."},
+    )
     pad_token: str | None = field(default=None, metadata={"help": "Not used: nothing is padded."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Count and list unusable rows instead of stopping."})
 
@@ -163,6 +166,13 @@ class DPOConfig(TrainingArguments):
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={"help": "Most tokens in one forward pass; larger batches are split, with the same gradient."},
+    )
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill batches up to so many distinct tokens per optimizer step, over all processes, in the place of "
+            "per_device_train_batch_size; pairs of one prompt stay side by side. The loss stays the mean over pairs."
+        },
     )
     backend: str | None = field(
         default=None, metadata={"help": f"Back end of the head: {', '.join(BACKENDS)}. Default: the fastest there."}
@@ -282,7 +292,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"truncation_mode={self.truncation_mode!r} is not one of {', '.join(TRUNCATION_MODES)}")
         if self.backend is not None:
             resolve(self.backend, self.device)
-        for name in ("max_length", "max_tokens_per_batch", "precompute_ref_batch_size"):
+        for name in ("max_length", "max_tokens_per_batch", "tokens_per_step", "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -294,6 +304,20 @@ class DPOConfig(TrainingArguments):
                 f"max_tokens_per_batch cannot split a batch under loss_type {self.loss_type}: it compares all pairs of "
                 "the batch; lower per_device_train_batch_size instead"
             )
+
+        if self.tokens_per_step is not None:
+            self._check_tokens_per_step()
+
+    def _check_tokens_per_step(self) -> None:
+        if self.per_device_train_batch_size != self.defaults()["per_device_train_batch_size"]:
+            raise ValueError("tokens_per_step and per_device_train_batch_size exclude each other: leave one out")
+        if LossOptions.of(self).over_batch:
+            raise ValueError(
+                f"tokens_per_step puts other pairs together, and loss_type {self.loss_type} compares all pairs of a batch: "
+                "set per_device_train_batch_size instead"
+            )
+        if self.deepspeed:
+            raise ValueError("tokens_per_step gives batches of unequal size, which DeepSpeed's engine counts itself")
 
     def _check_reference_options(self) -> None:
         if self.sync_ref_model and self.precompute_ref_log_probs:

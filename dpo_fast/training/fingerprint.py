@@ -8,12 +8,12 @@ import dataclasses
 import hashlib
 import json
 
-from .ref_cache import _example_key, weights_fingerprint
+from .ref_cache import weights_fingerprint
 
 # Options of a config that decide what is computed, beside those of the loss.
 _OPTIONS = (
     "ld_alpha", "use_weighting", "router_aux_loss_coef", "disable_dropout", "max_length", "bf16", "fp16", "seed",
-    "data_seed", "train_sampling_strategy", "dataloader_drop_last", "learning_rate", "lr_scheduler_type",
+    "data_seed", "train_sampling_strategy", "tokens_per_step", "dataloader_drop_last", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",
     "max_grad_norm", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip
@@ -114,10 +114,12 @@ def _plain(value):
 
 
 def _data_digest(data) -> str:
-    """32 hex digits that name the pairs in their order, and the reference's log-probs where the user gave them."""
+    """32 hex digits of the pairs in their order (of a stream, the first), with the reference's log-probs where the user gave them."""
     digest = hashlib.blake2b(digest_size=16)
-    for example in data.examples:
-        digest.update(_example_key(example))
-        if not data.computed and "ref_chosen_logps" in example:
-            digest.update(repr((example["ref_chosen_logps"], example["ref_rejected_logps"])).encode())
+    keys, reference = data.examples.keys(), None if data.computed else data.examples.reference
+    if reference is None:
+        digest.update(keys.tobytes())
+    else:
+        for key, logps in zip(keys, reference.tolist(), strict=True):
+            digest.update(key.tobytes() + repr(tuple(logps)).encode())
     return digest.hexdigest()

@@ -25,9 +25,9 @@ def model_card(trainer, *, model_name: str | None = None, tags=(), dataset=None)
         "loss": " + ".join(args.loss_type),
         "beta": args.beta,
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
-        "pairs per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        **_step(args),
         "steps": trainer.state.global_step,
-        "pairs": len(trainer.train_dataset) if trainer.train_dataset is not None else 0,
+        "pairs": _pairs(trainer.train_dataset),
         "seed": args.seed,
     }
     lines += ["---", "", f"# {model_name or Path(args.output_dir).name}", ""]
@@ -47,3 +47,15 @@ def _last_metrics(history: list[dict]) -> dict[str, float]:
     wanted = [*(f"eval_{name}" for name in _METRICS), *_METRICS]
     last = {name: value for row in history for name, value in row.items() if name in wanted}
     return {name: last[name] for name in wanted if name in last}
+
+
+def _step(args) -> dict[str, int]:
+    if args.tokens_per_step is not None:
+        return {"tokens per step": args.tokens_per_step}
+    return {"pairs per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size}
+
+
+def _pairs(data) -> int | str:
+    if data is None:
+        return 0
+    return len(data) if hasattr(data, "__len__") else "streamed"

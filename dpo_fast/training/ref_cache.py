@@ -20,7 +20,6 @@ import inspect
 import json
 import logging
 import os
-import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..data.examples import FIELDS, Examples, example_key
 from .disk import full_disk, is_full
 
 logger = logging.getLogger(__name__)
-_BODY = struct.Struct("<16s2d")
-_RECORD_SIZE = _BODY.size + 4
-_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_RECORD = np.dtype([("key", "V16"), ("values", "<f8", 2), ("crc", "<u4")])
+_BODY = _RECORD.itemsize - 4
 # Config entries, at any depth, that differ between runs of one model and do not change its log-probs. Each tensor's own
 # dtype is hashed, and the caller's `precision` names the dtype of the computation.
 _VOLATILE = {
@@ -101,15 +100,47 @@ def _without_volatile(value):
     return [_without_volatile(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _example_key(example: Mapping) -> bytes:
-    """16 bytes that name the id sequences; each is hashed after its length, so that no two examples look alike."""
-    digest = hashlib.blake2b(digest_size=16)
-    for field in (*_FIELDS, "rejected_prompt_ids") if "rejected_prompt_ids" in example else _FIELDS:
-        ids = np.asarray(example[field])
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError(f"{field} must be a flat sequence of ints, not {ids.dtype} of shape {ids.shape}")
-        digest.update(struct.pack("<q", ids.size) + ids.astype("<i8").tobytes())
-    return digest.digest()
+def _keys(examples: Sequence[Mapping]) -> np.ndarray:
+    """`example_key` of each. S16 compares all 16 bytes, since what it leaves out at the end it takes for zeros."""
+    if isinstance(examples, Examples):
+        return examples.keys().view("S16")
+    return np.array([example_key(example) for example in examples], dtype="S16")
+
+
+class _ByKey:
+    """Values [2] by key of 16 bytes, 32 bytes each: arrays in the order of the keys, and what came since."""
+
+    def __init__(self):
+        self.keys, self.values = np.zeros(0, "S16"), np.zeros((0, 2))
+        self.recent: dict[bytes, tuple[float, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.recent)
+
+    def add(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """The first value of a key stays."""
+        unknown = ~self.find(keys)[1]
+        for key, pair in zip(keys[unknown].tolist(), values[unknown].tolist(), strict=True):
+            self.recent.setdefault(key, tuple(pair))
+        # The arrays grow by a part of their size, so that a key is sorted a few times at most.
+        if len(self.recent) > 1000 + len(self.keys) // 4:
+            keys = np.concatenate([self.keys, np.array(list(self.recent), dtype="S16")])
+            values = np.concatenate([self.values, np.array(list(self.recent.values()))])
+            order, self.recent = np.argsort(keys), {}
+            self.keys, self.values = keys[order], values[order]
+
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values [n, 2], NaN where there is none, and whether there is one [n]."""
+        values, found = np.full((len(keys), 2), np.nan), np.zeros(len(keys), dtype=bool)
+        if len(self.keys):
+            at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+            found = self.keys[at] == keys
+            values[found] = self.values[at[found]]
+        if self.recent:
+            for i in np.flatnonzero(~found):
+                if (pair := self.recent.get(keys[i])) is not None:
+                    values[i], found[i] = pair, True
+        return values, found
 
 
 class RefCache:
@@ -130,7 +161,7 @@ class RefCache:
         self.header = {"weights": weights, "precision": precision, "version": version, "extra": extra or {}}
         name = hashlib.blake2b(json.dumps(self.header, sort_keys=True).encode(), digest_size=12).hexdigest()
         self.path = Path(folder) / f"ref-{name}.bin"
-        self._values: dict[bytes, tuple[float, float]] = {}
+        self._values = _ByKey()
         self._end = 0  # bytes of the file, in whole records, that _values covers
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -143,13 +174,13 @@ class RefCache:
 
     def get(self, example: Mapping) -> tuple[float, float] | None:
         """The value of one example, or None."""
-        return self._values.get(_example_key(example))
+        values, missing = self.lookup([example])
+        return None if missing else tuple(values[0].tolist())
 
     def lookup(self, examples: Sequence[Mapping]) -> tuple[np.ndarray, list[int]]:
         """Values as float64 [n, 2], and the indices that are missing; their rows hold NaN and must be computed."""
-        found = [self.get(example) for example in examples]
-        values = np.array([(np.nan, np.nan) if value is None else value for value in found], dtype=np.float64)
-        return values.reshape(-1, 2), [i for i, value in enumerate(found) if value is None]
+        values, found = self._values.find(_keys(examples))
+        return values, np.flatnonzero(~found).tolist()
 
     def put_many(self, examples: Sequence[Mapping], values) -> None:
         """Append `values` (tensor, array or nested list, [n, 2]) and return once they are on disk (fsync).
@@ -160,40 +191,37 @@ class RefCache:
         values = _as_values(values, len(examples))
         for i in np.flatnonzero(~np.isfinite(values).all(axis=1)):
             raise ValueError(f"value {i} is not finite: {values[i].tolist()}; it is not stored")
-        keys = [_example_key(example) for example in examples]
+        keys = _keys(examples)
         with open(self.path, "a+b") as file:  # closing it releases the lock
             fcntl.flock(file, fcntl.LOCK_EX)
             self._read_new(file)
             file.truncate(self._end)
-            new: dict[bytes, tuple[float, float]] = {}
-            for key, pair in zip(keys, values.tolist(), strict=True):
-                if key not in self._values:
-                    new.setdefault(key, tuple(pair))
-            for key, pair in new.items():
-                body = _BODY.pack(key, *pair)
-                file.write(body + zlib.crc32(body).to_bytes(4, "little"))
+            first = np.sort(np.unique(keys, return_index=True)[1])
+            new = first[~self._values.find(keys[first])[1]]
+            records = np.zeros(len(new), _RECORD)
+            records["key"], records["values"] = keys[new].view("V16"), values[new]
+            for record in records:
+                record["crc"] = zlib.crc32(record.tobytes()[:_BODY])
+            file.write(records.tobytes())
             file.flush()
             os.fsync(file.fileno())
-            self._values.update(new)
-            self._end += len(new) * _RECORD_SIZE
+            self._values.add(keys[new], values[new])
+            self._end += records.nbytes
             self._write_sidecar()
 
     def _read_new(self, file) -> None:
         """Read the whole records past `_end`. The caller holds the lock."""
         size = file.seek(0, os.SEEK_END)
-        end = size - size % _RECORD_SIZE
+        end = size - size % _RECORD.itemsize
         # A file shorter than before was deleted or replaced, so it is read from the start.
         start = self._end if self._end <= end else 0
         file.seek(start)
         data = file.read(end - start)
-        damaged = 0
-        for at in range(0, len(data), _RECORD_SIZE):
-            body, crc = data[at : at + _BODY.size], data[at + _BODY.size : at + _RECORD_SIZE]
-            if zlib.crc32(body) == int.from_bytes(crc, "little"):
-                key, chosen, rejected = _BODY.unpack(body)
-                self._values.setdefault(key, (chosen, rejected))
-            else:
-                damaged += 1
+        records, view = np.frombuffer(data, _RECORD), memoryview(data)
+        crc = [zlib.crc32(view[at : at + _BODY]) for at in range(0, len(data), _RECORD.itemsize)]
+        whole = records["crc"] == np.array(crc, dtype=np.uint32)
+        damaged = len(whole) - int(whole.sum())
+        self._values.add(records["key"][whole].view("S16"), records["values"][whole])
         self._end = end
         if damaged:
             what = "1 record of %s is" if damaged == 1 else f"{damaged} records of %s are"
@@ -236,19 +264,17 @@ def compute_missing(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    values, missing = cache.lookup(examples)
-    first_index: dict[bytes, int] = {}
-    for i in missing:
-        first_index.setdefault(_example_key(examples[i]), i)
-    lengths = {i: [len(examples[i][field]) for field in _FIELDS] for i in first_index.values()}
-    order = sorted(lengths, key=lambda i: (-sum(lengths[i]), i))
+    missing = np.array(cache.lookup(examples)[1], dtype=np.int64)
+    first = missing[np.unique(_keys(examples)[missing], return_index=True)[1]]
+    lengths = _lengths(examples)
+    order = first[np.lexsort((first, -lengths[first].sum(1)))].tolist()
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = [examples[i] for i in indices]
         computed = _as_values(compute(batch), len(batch))
         for i, pair in zip(indices, computed, strict=True):
             if not np.isfinite(pair).all():
-                sizes = ", ".join(f"{field} {length}" for field, length in zip(_FIELDS, lengths[i], strict=True))
+                sizes = ", ".join(f"{field} {length}" for field, length in zip(FIELDS, lengths[i], strict=True))
                 raise ValueError(
                     f"the reference gives example {i} log-probs {pair.tolist()} (tokens: {sizes}); "
                     "look for an empty completion, ids outside the vocabulary, or an overflow of fp16"
@@ -261,9 +287,14 @@ def compute_missing(
             left = len(order) - start
             what = f"the cache of {left} more reference log-probs"
             kept = "Those computed so far are kept; ref_cache_dir names another folder"
-            raise OSError(full_disk(cache.path.parent, left * _RECORD_SIZE, what, kept)) from error
+            raise OSError(full_disk(cache.path.parent, left * _RECORD.itemsize, what, kept)) from error
         if progress is not None:
             progress(start + len(batch), len(order))
-    for i in missing:
-        values[i] = cache.get(examples[i])
-    return values
+    return cache.lookup(examples)[0]
+
+
+def _lengths(examples: Sequence[Mapping]) -> np.ndarray:
+    """Tokens of each of `FIELDS`, int64 [n, 3]."""
+    if isinstance(examples, Examples):
+        return np.stack([examples.lengths(field) for field in FIELDS], axis=1)
+    return np.array([[len(example[field]) for field in FIELDS] for example in examples]).reshape(-1, 3)

@@ -11,6 +11,7 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.pairs import PairDataset, prepare
+from ..data.streamed import StreamedPairs
 from ..forest.gate import Plan, base_model, has_aux_loss, plan_model
 from ..forest.head import output_layer
 from ..forest.model import own_config, prepare_model, restore_model
@@ -73,7 +74,7 @@ class Setup:
     plan: Plan
     tokenizer: Any
     adapters: bool
-    train_dataset: PairDataset | None
+    train_dataset: PairDataset | StreamedPairs | None
     eval_dataset: PairDataset | dict[str, PairDataset] | None
     vocab_size: int
     share: str  # what is shared; "none" where the model cannot share
@@ -131,6 +132,15 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
     prepared = {k: prepare(v, tokenizer, args, vocab_size, k, share) for k, v in datasets.items() if v is not None}
     train = None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share)
+    if isinstance(train, StreamedPairs) and reference == CACHED:
+        raise ValueError(
+            "the train data is streamed, and precompute_ref_log_probs is not supported with IterableDataset: the reference's "
+            "log-probs cannot be computed before training. Set it to False (a second model in memory), or train adapters"
+        )
+    if isinstance(train, StreamedPairs):
+        args.accelerator_config.dispatch_batches = (
+            False  # accelerate's default for streams takes batches of tensors alone
+        )
     check_positions(base_model(model), {**prepared, **({} if train is None else {"train": train})})
     checkpointing = choose(model, ref_model, plan, args, train, share, is_sharded(args))
     if args.gradient_checkpointing and hasattr(model, "disable_adapter"):

@@ -4,10 +4,14 @@ log-prob, and the policy starts at the reference."""
 import inspect
 import logging
 import math
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 
+from ..data.examples import FIELDS
 from ..data.pairs import PairDataset
+from ..data.streamed import StreamedPairs
 from ..forest.gate import Plan, base_model, rope_parameters
 from ..forest.model import evaluating, reset_rope
 from ..forest.packing import PrefixForest
@@ -41,9 +45,13 @@ def check_positions(model: torch.nn.Module, data: dict[str, PairDataset]) -> Non
     if limit is None or not (plain or _learns_positions(model)):
         return
     for part, rows in data.items():
-        lengths = [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in rows.examples]
-        long = [i for i, length in enumerate(lengths) if length > limit]
-        if long:
+        if isinstance(rows, StreamedPairs) and (rows.max_length is None or rows.max_length > limit):
+            raise ValueError(
+                f"the {part} data is streamed, and the model has {limit} positions ({name}): set max_length to {limit} at most"
+            )
+        lengths = np.maximum(*rows.examples.sequence_lengths())
+        long = np.flatnonzero(lengths > limit)
+        if len(long):
             raise ValueError(
                 f"{len(long)} pairs of the {part} data have more tokens than the model has positions ({name}={limit}; pair "
                 f"{long[0]} has {lengths[long[0]]}): set max_length to {limit} at most"
@@ -67,14 +75,18 @@ def verify_start(model: torch.nn.Module, plan: Plan, data: PairDataset, share: s
     """
     examples = data.examples
     if plan.path == "padded":
-        size = [sum(len(e[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for e in examples]
-        order = sorted(range(len(size)), key=size.__getitem__)
-        rows = [examples[i] for i in dict.fromkeys((order[-1], order[0]))]
+        size = sum(examples.lengths(name) for name in FIELDS)
+        last = len(size) - 1 - int(size[::-1].argmax())
+        rows = [_as_lists(examples[i]) for i in dict.fromkeys((last, int(size.argmin())))]
         rows = [_last_scored(e) if plan.regimes else _slice(e) for e in rows]
     else:
-        rows = [_slice(examples[0])]
+        rows = [_slice(_as_lists(examples[0]))]
     verify_sharing(model, plan, rows, share)
     verify_training_mode(model, rows, share, deterministic)
+
+
+def _as_lists(example: Mapping) -> dict:
+    return {name: ids.tolist() for name, ids in example.items() if name in (*FIELDS, "rejected_prompt_ids")}
 
 
 def _slice(example: dict) -> dict:

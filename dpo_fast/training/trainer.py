@@ -15,6 +15,7 @@ from ..forest.batch import ForestCollator, Part, padded_tokens
 from ..forest.model import prepare_model
 from . import metrics
 from .batch_loss import BatchLoss, Totals
+from .batches import token_batches
 from .config import DPOConfig
 from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, precompute
 from .run_setup import RunPlan, plan_run, set_up
@@ -30,7 +31,8 @@ class DPOTrainer(BatchLoss):
     ref_model: the reference. If left out, it is the model as it is passed in; a copy of it is kept in memory only where its
         log-probs are neither precomputed nor computed by switching adapters off.
     train_dataset, eval_dataset: rows in any layout of `dpo_fast.data` (datasets.Dataset or list of mappings) or rows
-        with `prompt_ids`, `chosen_ids` and `rejected_ids`; `eval_dataset` may be a dict of several.
+        with `prompt_ids`, `chosen_ids` and `rejected_ids`; `eval_dataset` may be a dict of several. `train_dataset` may
+        also be a datasets.IterableDataset, with max_steps and a reference that is computed in every step.
     processing_class: the tokenizer. If left out, it is loaded from the model's folder.
     peft_config: wraps the model in adapters.
 
@@ -121,7 +123,7 @@ class DPOTrainer(BatchLoss):
     # Data.
 
     def _with_reference(self, data: PairDataset | None, name: str) -> PairDataset | None:
-        if data is not None and self.setup.reference == CACHED and "ref_chosen_logps" not in data[0]:
+        if data is not None and self.setup.reference == CACHED and data.examples.reference is None:
             model = self.ref_model or self.model
             if self._has_trained and self.ref_model is None and not self.setup.adapters:
                 model = start_model(self)
@@ -131,6 +133,22 @@ class DPOTrainer(BatchLoss):
     @property
     def _has_trained(self) -> bool:
         return self._started or self.state.global_step > 0
+
+    def get_train_dataloader(self):
+        """As `Trainer.get_train_dataloader`; with `tokens_per_step`, over batches that are filled to that budget."""
+        if self.args.tokens_per_step is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=token_batches(self.train_dataset.examples, self.share, args),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate as `Trainer.evaluate` does; rows that were not given at construction are prepared here."""

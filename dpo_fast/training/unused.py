@@ -13,10 +13,9 @@ from ..losses import LossOptions
 
 # name -> the values that ask for nothing, and so need no warning
 UNUSED: dict[str, tuple] = {
-    # Nothing is padded, and the tokenizer runs in threads.
+    # Nothing is padded.
     "pad_token": (None,),
     "pad_to_multiple_of": ("auto", None),
-    "dataset_num_proc": (None,),
     "length_column_name": ("length",),
     # The columns are those of the data's layout.
     "remove_unused_columns": (False,),

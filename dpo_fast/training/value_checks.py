@@ -21,6 +21,7 @@ _BOUNDS = {
     "per_device_eval_batch_size": (1, True),
     "save_total_limit": (1, True),
     "dataloader_num_workers": (0, True),
+    "dataset_num_proc": (1, True),
 }
 
 
