@@ -8,10 +8,11 @@ import dataclasses
 import torch
 
 from ..forest.batch import Part
+from ..forest.gate import base_model, computes_in_half
 from ..forest.paths import wpo_weights
 from ..losses import objective
 from . import metrics
-from .life import HALF, RunLife
+from .life import RunLife
 from .ref_model import CACHED, NONE, as_reference
 from .start_checks import check_start
 
@@ -137,5 +138,5 @@ class BatchLoss(RunLife):
         if self._started or self.state.global_step or self.setup.reference == NONE or self.setup.foreign_reference:
             return
         if self.model.training:
-            low = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype in HALF
+            low = self.accelerator.mixed_precision != "no" or computes_in_half(base_model(self.model))
             check_start(result.chosen_rewards, result.rejected_rewards, low)

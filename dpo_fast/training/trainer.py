@@ -33,6 +33,7 @@ class DPOTrainer(BatchLoss):
         with `prompt_ids`, `chosen_ids` and `rejected_ids`; `eval_dataset` may be a dict of several.
     processing_class: the tokenizer. If left out, it is loaded from the model's folder.
     peft_config: wraps the model in adapters.
+    quantization_config: transformers' BitsAndBytesConfig, for a frozen base in 4 or 8 bits under adapters.
 
     Raises ValueError for options and data that cannot work, before any step is spent.
     """
@@ -56,14 +57,14 @@ class DPOTrainer(BatchLoss):
             raise ValueError("data_collator cannot be given: batches are prefix forests, no padded rows; leave it out")
         if compute_metrics is not None:
             raise ValueError("compute_metrics cannot be given: no logits exist to compute from; leave it out")
-        if quantization_config is not None:
-            raise ValueError("quantization_config is not supported: use peft_config with bfloat16 weights instead")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required (or eval_dataset, to evaluate alone)")
         args = args or DPOConfig()
         if args.gradient_checkpointing is None:
             args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
-        run = model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config)
+        run = (
+            model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config, quantization_config)
+        )
         self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
         self.share = self.setup.share
         super().__init__(
