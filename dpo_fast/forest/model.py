@@ -144,6 +144,9 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
             return (original if own is None else types.MethodType(own, self))(*args, **kwargs, **extra)
         hidden, router_logits = _trunk(self, forest, plan, aux_loss)
         weight, bias = head_weights(output_layer(self))
+        if hasattr(weight, "full_tensor"):
+            # FSDP2 casts what it gathers, and under PEFT it leaves a frozen head to the op, which gathers it.
+            weight = weight.to(hidden.dtype)
         logps = linear_token_logps(
             hidden.index_select(0, forest.live_rows),
             weight,

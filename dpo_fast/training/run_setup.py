@@ -21,6 +21,7 @@ from .dropout import no_dropout, random_router
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
 from .quantised import check_adapters_train, choose_quantisation, weight_count
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
+from .sharding import refuse_zero3
 from .start_checks import check_finite, check_positions
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None, quantizat
     Raises ValueError for what cannot work together, and for a model that no path computes correctly.
     """
     if is_deepspeed_zero3_enabled():
-        raise ValueError("ZeRO-3 partitions the weights before they can be checked: use ZeRO-2 or fsdp")
+        refuse_zero3()
     by_name = isinstance(model, str)
     quantisation = choose_quantisation(quantization_config, args, by_name)
     base = adapter_base(model, args) if by_name else None
