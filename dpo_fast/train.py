@@ -215,7 +215,8 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     if script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
-    before = trainer.evaluate() if "eval" in data else None
+    # DeepSpeed's engine begins with training; transformers lets ZeRO-3 alone evaluate before it.
+    before = trainer.evaluate() if "eval" in data and not trainer.is_deepspeed_enabled else None
     trainer.train(resume_from_checkpoint=resume)
     speed = trainer.throughput.totals()
     after = _final_metrics(trainer) if "eval" in data else None
