@@ -2,6 +2,7 @@
 #   make train    set up what is missing, then train the embedded default
 #   make test     set up what is missing, then run the tests
 #   make test-oldest  the tests of models, trainer and command line with the oldest transformers that is allowed
+#   make test-engines  the tests of DeepSpeed and of bitsandbytes
 #   make peers    add the trainers of other people that the tests compare with
 #   make browser  install Debian's Chromium and its driver, without which the browser tests are skipped
 # The README shows the same steps one by one.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup peers train test test-oldest browser lint clean
+.PHONY: setup peers train test test-oldest test-engines browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -47,6 +48,20 @@ $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto -m "not slow" $(OLDEST_TESTS:%=tests/%.py)
 
+# Beside .venv as well: every process that finds DeepSpeed or bitsandbytes imports them.
+ENGINES := .venv-engines
+ENGINES_TESTS := test_quantised test_deepspeed
+
+$(ENGINES)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(ENGINES)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(ENGINES)/bin/python -c "import site; print(site.getsitepackages()[0])")/engines.pth
+	DS_BUILD_OPS=0 $(ENGINES)/bin/python -m pip install -q -c constraints.txt --no-build-isolation bitsandbytes deepspeed
+	touch $@
+
+test-engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m pytest -n 2 $(ENGINES_TESTS:%=tests/%.py)
+
 browser:
 	apt-get update
 	apt-get install -y --no-install-recommends chromium chromium-driver
@@ -56,4 +71,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info dpo_fast/*.so
+	rm -rf $(VENV) $(OLDEST) $(ENGINES) build dist *.egg-info dpo_fast/*.so

@@ -22,7 +22,7 @@ from .training.run_lock import hold
 
 # Packages that the extra [train] brings.
 _EXTRA = ("transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers", "yaml", "jinja2", "pyarrow")
-_LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch")
+_LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch")
 _LONGEST = 1500  # an error's characters at most; transformers lists every model it knows
 
 
@@ -120,7 +120,11 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{name} holds no tokenizer (tokenizer.json and tokenizer_config.json)")
     if model_args.chat_template_path:
         tokenizer.chat_template = Path(model_args.chat_template_path).read_text()
-    run = None if script.inspect_data else plan_run(name, args, peft_config=model_args.peft_config())
+    run = None
+    if not script.inspect_data:
+        run = plan_run(
+            name, args, peft_config=model_args.peft_config(), quantization_config=model_args.quantization_config()
+        )
     pairs = _load_pairs(script, args, say)
     if model_args.chat_template_path and all(isinstance(r["chosen"], str) for p in pairs.values() for r in p.rows):
         raise ValueError("chat_template_path has no effect: the data is text, not messages")
@@ -215,7 +219,8 @@ def _train(plan, script, args, tokenizer, data, resume, say) -> None:
     if script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
-    before = trainer.evaluate() if "eval" in data else None
+    # DeepSpeed's engine begins with training; transformers lets ZeRO-3 alone evaluate before it.
+    before = trainer.evaluate() if "eval" in data and not trainer.is_deepspeed_enabled else None
     trainer.train(resume_from_checkpoint=resume)
     speed = trainer.throughput.totals()
     after = _final_metrics(trainer) if "eval" in data else None

@@ -4,9 +4,11 @@ For tests that kill it or start several.
 
 The spec: `model` (folder), `options` (of DPOConfig), `train`, `eval` (rows), `resume` ("last": the last checkpoint, where
 there is one), `out` (where rank 0 writes the log history and the final weights), `dtype`, `kill_at` (see
-`kill_while_saving`), `kill_rank_at` (a step after which rank 1 is killed, once).
+`kill_while_saving`), `kill_event` (see `kill_at_event`), `kill_rank_at` (a step after which rank 1 is killed, once), `lora` (of LoraConfig), `measure` (whether
+`out` tells the memory of the reference pass, see `weigh`), `evaluate_first`.
 """
 
+import gc
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dpo_fast import DPOConfig, DPOTrainer
@@ -30,6 +33,20 @@ def kill_while_saving(kill_at: int) -> None:
         if event == "open" and isinstance(args[0], str) and "checkpoint-4" in args[0] and "w" in str(args[1] or ""):
             seen += 1
             if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def kill_at_event(event: str, text: str, count: int) -> None:
+    """SIGKILL to ourselves at the `count`-th audit event of that name whose first argument ends with `text`."""
+    seen = 0
+
+    def hook(name, args):
+        nonlocal seen
+        if name == event and args and str(args[0]).endswith(text):
+            seen += 1
+            if seen == count:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -63,17 +80,42 @@ def shard_on_cpu() -> None:
     state.DistributedType = Names()
 
 
+def weigh(model, seen: list[int]) -> None:
+    """Append to `seen`, at every call of a layer that is sharded, the bytes of all tensors of numbers in this process."""
+
+    def hook(layer, args):
+        if not type(layer).__name__.startswith("FSDP"):
+            return  # the checks before the model is sharded
+        tensors = (
+            t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_floating_point()
+        )
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        seen.append(sum(storages.values()))
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(hook)
+
+
 def main(path: str) -> None:
     with open(path) as file:
         spec = json.load(file)
     if spec.get("kill_at"):
         kill_while_saving(spec["kill_at"])
+    if spec.get("kill_event"):
+        kill_at_event(*spec["kill_event"])
     if spec["options"].get("fsdp"):
         shard_on_cpu()
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec.get("dtype", "float64")))
+    weights, seen = sum(p.numel() * p.element_size() for p in model.parameters()), []
+    if spec.get("measure"):
+        weigh(model, seen)
+    peft_config = LoraConfig(**spec["lora"]) if spec.get("lora") else None
     trainer = DPOTrainer(
-        model, args=DPOConfig(**spec["options"]), train_dataset=spec["train"], eval_dataset=spec.get("eval")
-    )
+        model, args=DPOConfig(**spec["options"]), train_dataset=spec["train"], eval_dataset=spec.get("eval"),
+        peft_config=peft_config,
+    )  # fmt: skip
+    memory = {"weights": weights, "reference": list(seen)}
+    before = trainer.evaluate() if spec.get("evaluate_first") else None
     if spec.get("kill_rank_at") and trainer.args.process_index == 1:
         trainer.add_callback(KillOnce(spec["kill_rank_at"], spec["out"]))
     resume = spec.get("resume")
@@ -87,7 +129,8 @@ def main(path: str) -> None:
     if trainer.accelerator.is_main_process:
         torch.save({k: v.cpu() for k, v in state.items()}, spec["out"] + ".pt")
         with open(spec["out"], "w") as file:
-            json.dump({"history": trainer.state.log_history, "eval": metrics}, file)
+            found = {"history": trainer.state.log_history, "eval": metrics, "before": before, "memory": memory}
+            json.dump(found, file)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -244,7 +244,7 @@ def test_help_lists_the_options(capsys):
     assert len(listed) == len(set(listed))
     assert listed.index("--dataset_name") < listed.index("--beta") < listed.index("--weight_decay")
     not_used, refused = shown.split("Accepted and not used")[1].split("Refused, since")
-    for name, where in (("pad_token", not_used), ("load_in_4bit", refused)):
+    for name, where in (("pad_token", not_used), ("neftune_noise_alpha", refused)):
         assert where.count(name) == 1
         assert f"--{name}" not in shown
     known = set(re.findall(r"\w+", shown))

@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("transformers")
 
 import tiny
-from test_resume import ROOT
+from test_resume import ROOT, same_weights
+from test_resume import options as process_options
+from test_resume import run as process
 from test_resume_agrees import options, trainer
 from transformers import TrainerCallback
 
@@ -260,6 +262,29 @@ def test_a_kill_while_old_checkpoints_are_rotated(tmp_path, monkeypatch):
     again = start(tmp_path, save_steps=1, save_total_limit=1)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+
+
+@pytest.mark.slow
+def test_kills_in_the_reference_pass_and_in_the_rotation(tmp_path):
+    """kill -9 before the third batch of the pass, then while checkpoint-2 is deleted: the same bits in the end."""
+    tiny.llama().save_pretrained(tmp_path / "model")
+    common = process_options(tmp_path / "killed_run", save_total_limit=1)
+    process(
+        tmp_path,
+        "whole",
+        options={**common, "output_dir": str(tmp_path / "whole_run"), "ref_cache_dir": str(tmp_path / "w")},
+    )
+    done = process(tmp_path, "killed", check=False, options=common, kill_event=["open", ".bin", 3])
+    assert done.returncode == -signal.SIGKILL
+    (records,) = (tmp_path / "ref").glob("ref-*.bin")
+    assert records.stat().st_size == 2 * 3 * 36  # two batches of three pairs
+    done = process(tmp_path, "killed", check=False, options=common, kill_event=["os.remove", "optimizer.pt", 1])
+    assert done.returncode == -signal.SIGKILL
+    assert records.stat().st_size == 16 * 36
+    assert (tmp_path / "killed_run/checkpoint-2/optimizer.pt").exists()
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path / "killed_run")] == ["checkpoint-4"]
+    process(tmp_path, "killed", options=common, resume=True)
+    assert same_weights(tmp_path, "killed", "whole")
 
 
 # Signals.

@@ -3,6 +3,7 @@ and every public function and class says what it does."""
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,24 @@ def test_files_are_short():
     files = [*modules().values(), *(path for path in (ROOT / "csrc").rglob("*.*") if path.is_file())]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert not {path: lines for path, lines in lengths.items() if lines > LONGEST}
+
+
+def named_tests(text):
+    """(file, test) of every `file.py::test` in a page; `::test` alone is of the file before it."""
+    found, file = [], ""
+    for there, name in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", text):
+        file = there or file
+        found.append((file, name))
+    return found
+
+
+def test_the_tests_that_the_docs_name_are_there():
+    named = {(page.name, *found) for page in (ROOT / "docs").glob("*.md") for found in named_tests(page.read_text())}
+    assert named
+    assert not {
+        (page, file, name) for page, file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()
+    }
+    assert named_tests("`test_a.py::test_b`, `::test_c`") == [("test_a.py", "test_b"), ("test_a.py", "test_c")]
 
 
 def test_a_missing_docstring_would_be_seen():

@@ -120,8 +120,8 @@ def test_our_trainer_takes_trl_s_config(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="quantization_config is not supported"):
-        ours.DPOTrainer(tiny.llama(), quantization_config=object())
+    with pytest.raises(ValueError, match="quantization_config has no effect"):
+        ours.DPOTrainer(tiny.llama(), None, options(tmp_path), train_dataset=rows(), quantization_config=object())
     args = copy.copy(options(tmp_path))
     args.foo = 1
     assert ours.as_config(args).beta == 0.1

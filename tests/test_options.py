@@ -138,8 +138,7 @@ def test_a_yaml_value_of_the_wrong_type_is_refused(name, value):
 
 # A value that each option of REFUSED does not take.
 OTHER = {
-    "dataset_streaming": True, "streaming": True, "lora_task_type": "SEQ_CLS", "load_in_8bit": True,
-    "load_in_4bit": True, "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
+    "dataset_streaming": True, "streaming": True, "lora_task_type": "SEQ_CLS", "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
     "average_tokens_across_devices": False, "parallelism_config": "x",
 }  # fmt: skip
 
@@ -155,8 +154,8 @@ def test_refused_options_are_named(name):
 
 
 def test_refused_options_are_named_together():
-    with pytest.raises(ValueError, match=r"streaming=True .*, load_in_4bit=True .*remove them"):
-        parsed(streaming=True, load_in_4bit=True)
+    with pytest.raises(ValueError, match=r" streaming=True .*, lora_task_type='SEQ_CLS' .*remove them"):
+        parsed(streaming=True, lora_task_type="SEQ_CLS", use_peft=True)
 
 
 # A value that each option of UNUSED is not used with.
@@ -208,6 +207,7 @@ SWITCHED_OFF = [
     ("hub_model_id", {"hub_model_id": "a/b"}),
     ("hub_token", {"hub_token": "x"}),
     ("bnb_4bit_quant_type", {"bnb_4bit_quant_type": "fp4"}),
+    ("bnb_4bit_quant_type", {"bnb_4bit_quant_type": "fp4", "load_in_8bit": True}),
     ("group_by_length", {"group_by_length": True}),
     ("train_sampling_strategy", {"train_sampling_strategy": "group_by_length"}),
     ("columns", {"dataset_name": None, "datasets": [{"path": "x", "columns": ["chosen"]}]}),

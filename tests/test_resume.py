@@ -43,7 +43,7 @@ def run(folder: Path, name: str, *, check=True, **spec) -> subprocess.CompletedP
 
 def history(folder: Path, name: str) -> list[dict]:
     rows = json.loads((folder / name).read_text())["history"]
-    timed = ("perf/", "train_", "total_flos", "eval_runtime", "eval_samples_per", "eval_steps_per")
+    timed = ("perf/", "train_", "total_flos", "eval_runtime", "eval_samples_per", "eval_steps_per", "eval_model_prep")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 

@@ -66,7 +66,7 @@ def test_values_of_use_are_taken(tmp_path, changes):
 
 def test_what_cannot_be_given_is_refused_by_name(tmp_path):
     args = DPOConfig(**options(tmp_path))
-    for name in ("compute_metrics", "data_collator", "quantization_config"):
+    for name in ("compute_metrics", "data_collator"):
         with pytest.raises(ValueError, match=name):
             DPOTrainer(tiny.llama(), args=args, train_dataset=tiny.pairs(4), **{name: object()})
     # TRL's own script hands on None as the 12th argument.

@@ -22,7 +22,7 @@ of the YAML file; flags override the file. A yes-or-no option needs no value, an
 def help_text(actions: dict[str, argparse.Action]) -> str:
     """All options: sections with one line per option, then the names of those that are not used or refused."""
     idle = {*unused.UNUSED, *cli.OLD_UNUSED}
-    refused = {*cli.REFUSED, *config.REFUSED, *cli.QUANTISATION}
+    refused = {*cli.REFUSED, *config.REFUSED}
     # DPOConfig's own options; options of transformers are among them where the default or meaning differs.
     ours = [name for name in DPOConfig.__annotations__ if name in actions]
     sections = {

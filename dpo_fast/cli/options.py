@@ -17,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..data.layouts import RANKING_PAIRS
 from ..data.sources import Source
 from ..training.config import DPOConfig
+from ..training.quantised import bits_and_bytes
 from ..training.unused import unused_options
 from .unknown import unknown
 
@@ -64,11 +65,11 @@ class ModelArguments:
     lora_task_type: str = _option("CAUSAL_LM", "Only CAUSAL_LM.")
     use_rslora: bool = _option(False, "Divide lora_alpha by the root of the rank.")
     use_dora: bool = _option(False, "Weight-decomposed adapters.")
-    load_in_8bit: bool = _option(False, "Refused.")
-    load_in_4bit: bool = _option(False, "Refused.")
-    bnb_4bit_quant_type: str = _option("nf4", "See load_in_4bit.", choices=["fp4", "nf4"])
-    use_bnb_nested_quant: bool = _option(False, "See load_in_4bit.")
-    bnb_4bit_quant_storage: str | None = _option(None, "See load_in_4bit.")
+    load_in_8bit: bool = _option(False, "Keep the frozen base in 8 bits, with use_peft.")
+    load_in_4bit: bool = _option(False, "Keep the frozen base in 4 bits, with use_peft (QLoRA).")
+    bnb_4bit_quant_type: str = _option("nf4", "The 16 numbers of load_in_4bit.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = _option(False, "Quantise the scales of load_in_4bit too.")
+    bnb_4bit_quant_storage: str | None = _option(None, "Type that holds the 4-bit codes; FSDP wants dtype's.")
 
     def __post_init__(self):
         # PEFT reads a list as endings of names, a string as a pattern of whole names.
@@ -98,15 +99,25 @@ class ModelArguments:
             use_dora=self.use_dora,
         )
 
+    def quantization_config(self):
+        """transformers' BitsAndBytesConfig, None without load_in_4bit and load_in_8bit."""
+        if self.load_in_4bit and self.dtype == "auto":
+            raise ValueError("load_in_4bit computes in dtype: give float32, bfloat16 or float16 instead of auto")
+        return bits_and_bytes(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_compute_dtype=self.dtype if self.load_in_4bit else None,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
+        )
 
-_QUANTISED = "quantised weights are not supported: use_peft with dtype=bfloat16 needs the least memory here"
+
 # name -> why only the default is accepted; another value would change what is computed
 REFUSED = {
     "dataset_streaming": "the data's length must be known: download it first",
     "streaming": "the data's length must be known: download it first",
     "lora_task_type": "only causal language models are trained",
-    "load_in_8bit": _QUANTISED,
-    "load_in_4bit": _QUANTISED,
 }
 QUANTISATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 HUB = ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
@@ -148,7 +159,7 @@ def unused(values: Mapping, defaults: Mapping) -> dict[str, str]:
         idle(["lora_dropout"], "with disable_dropout=True, the default")
     if values["use_peft"] and values["precompute_ref_log_probs"] is None:
         idle(["precompute_ref_batch_size", "ref_cache_dir"], "without precompute_ref_log_probs")
-    if not (values["load_in_4bit"] or values["load_in_8bit"]):
+    if not values["load_in_4bit"]:
         idle(QUANTISATION, "without load_in_4bit")
     if not values["push_to_hub"]:
         idle(HUB, "without push_to_hub")
@@ -172,6 +183,8 @@ def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> No
     ]
     if refused:
         raise ValueError(f"dpo_fast cannot honour {', '.join(refused)}: remove {'it' if len(refused) == 1 else 'them'}")
+    if model.load_in_4bit and model.load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other: drop one")
     if not model.model_name_or_path:
         raise ValueError("no model: give --model_name_or_path, a folder or a hub name")
     if not (script.dataset_name or script.datasets):

@@ -76,6 +76,16 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
             return model
 
 
+def computes_in_half(model: torch.nn.Module) -> bool:
+    """Whether log-probs are as coarse as half precision: by the weights' type, or by layers that compute so or in 8 bits."""
+    half = (torch.float16, torch.bfloat16)
+    return next(model.parameters()).dtype in half or any(
+        getattr(module, "compute_dtype", None) in half
+        or getattr(getattr(module, "weight", None), "dtype", None) == torch.int8
+        for module in model.modules()
+    )
+
+
 def plan_model(model: torch.nn.Module) -> Plan:
     """Choose the path of a bare model. Raises ValueError for a model that no path computes correctly."""
     config = getattr(model, "config", None)

@@ -64,6 +64,12 @@ def _check(head: torch.nn.Module) -> None:
             _refuse(f"{kind} with {type(next(iter(variants.values()))).__name__}")
         if any(getattr(head, "lora_bias", {}).values()):
             _refuse(f"{kind} with lora_bias")
+    weight = getattr(inner, "weight", None)
+    if weight is not None and (getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()):
+        raise ValueError(
+            "the head is quantised, and its log-probs are read off its weight: name lm_head in the quantisation's "
+            "llm_int8_skip_modules"
+        )
     adapted = any(hasattr(module, "base_layer") or "lora_" in name for name, module in inner.named_modules())
     if adapted or not isinstance(getattr(inner, "weight", None), torch.nn.Parameter):
         _refuse(kind)

@@ -16,7 +16,7 @@ import torch
 
 from ..ops import WORKSPACE_BYTES, linear_token_logps
 from . import attention
-from .gate import Plan, base_model, plan_model
+from .gate import Plan, base_model, computes_in_half, plan_model
 from .head import head_weights, output_layer
 from .packing import PrefixForest
 
@@ -120,7 +120,7 @@ def _probe(model, plan: Plan, expected: torch.Tensor) -> str | None:
     # The median stands for the lower end, since a model may forbid words with logits of -1e38.
     spread = (expected.amax() - expected.median()).item()
     # Half precision rounds, and a router may pick another expert; a wrong mask is off by several nats on a trained model.
-    tolerance = (0.5 if next(model.parameters()).dtype in (torch.float16, torch.bfloat16) else 2e-3) * spread
+    tolerance = (0.5 if computes_in_half(model) else 2e-3) * spread
     error = (logps - picked).abs().max().item()
     return None if error <= tolerance else f"log-probs differ by {error:.3g} from the model's own"
 
@@ -144,6 +144,9 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
             return (original if own is None else types.MethodType(own, self))(*args, **kwargs, **extra)
         hidden, router_logits = _trunk(self, forest, plan, aux_loss)
         weight, bias = head_weights(output_layer(self))
+        if hasattr(weight, "full_tensor"):
+            # FSDP2 casts what it gathers, and under PEFT it leaves a frozen head to the op, which gathers it.
+            weight = weight.to(hidden.dtype)
         logps = linear_token_logps(
             hidden.index_select(0, forest.live_rows),
             weight,

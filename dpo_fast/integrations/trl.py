@@ -49,10 +49,6 @@ class DPOTrainer(_DPOTrainer):
         quantization_config=None,
         peft_config=None,
     ):
-        if quantization_config is not None:
-            raise ValueError(
-                "quantization_config is not supported: use peft_config with dtype=bfloat16, or leave it out"
-            )
         super().__init__(
             model,
             ref_model=ref_model,
@@ -64,6 +60,7 @@ class DPOTrainer(_DPOTrainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            quantization_config=quantization_config,
             peft_config=peft_config,
         )
 

@@ -8,11 +8,13 @@ import dataclasses
 import torch
 
 from ..forest.batch import Part
+from ..forest.gate import base_model, computes_in_half
 from ..forest.paths import wpo_weights
 from ..losses import objective
 from . import metrics
-from .life import HALF, RunLife
+from .life import RunLife
 from .ref_model import CACHED, NONE, as_reference
+from .sharding import autocast
 from .start_checks import check_start
 
 
@@ -117,7 +119,7 @@ class BatchLoss(RunLife):
             return part.ref_logps
         model = self.ref_model or self.model_wrapped
         # The policy's autocast is inside accelerate's wrapper, which a second model lacks.
-        with as_reference(model, self.ref_model is None), self.accelerator.autocast():
+        with as_reference(model, self.ref_model is None), autocast(self.accelerator, self.ref_model is None):
             token_logps = model(forest=part.forest)["token_logps"]
         return part.forest.sum_paths(token_logps, self.args.ld_alpha)
 
@@ -125,7 +127,7 @@ class BatchLoss(RunLife):
         """Chosen and rejected log-probs [B] of `inputs` under `model` as the reference, without adapters; the name is TRL's."""
         adapters = model is self.model and hasattr(model, "disable_adapter")
         found = []
-        with as_reference(model, adapters), self.accelerator.autocast():
+        with as_reference(model, adapters), autocast(self.accelerator, model is not self.ref_model):
             for part in inputs["parts"]:
                 forest = part.on(self.args.device).forest
                 found.append(forest.sum_paths(model(forest=forest)["token_logps"], self.args.ld_alpha))
@@ -137,5 +139,5 @@ class BatchLoss(RunLife):
         if self._started or self.state.global_step or self.setup.reference == NONE or self.setup.foreign_reference:
             return
         if self.model.training:
-            low = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype in HALF
+            low = self.accelerator.mixed_precision != "no" or computes_in_half(base_model(self.model))
             check_start(result.chosen_rewards, result.rejected_rewards, low)

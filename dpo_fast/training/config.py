@@ -205,6 +205,8 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if str(self.fsdp).lower() in ("true", "false"):  # a command line's or a file's yes and no
+            self.fsdp = str(self.fsdp).lower() == "true" or None
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         # Without an accelerator there is only the CPU, and transformers demands use_cpu=True before it computes in bf16.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

@@ -16,6 +16,7 @@ from ..forest.gate import base_model
 from ..forest.head import output_layer
 from .config import DPOConfig
 from .handed_on import check_lora_targets
+from .quantised import settle
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _NETWORK_SECONDS = 5  # huggingface_hub itself tries for 24 s per file
@@ -36,11 +37,12 @@ def empty_model(name: str, args: DPOConfig) -> torch.nn.Module:
         return _auto_class(config).from_config(config, trust_remote_code=args.trust_remote_code)
 
 
-def load_model(model, args: DPOConfig, shared: bool = False) -> torch.nn.Module:
+def load_model(model, args: DPOConfig, shared: bool = False, quantisation=None) -> torch.nn.Module:
     """The model itself, or the one of that name: float32 unless `model_init_kwargs` says otherwise, safetensors only.
 
     A folder of adapters is loaded on its base model, as a PeftModel whose adapters can be trained further. `shared` says
     that the model will run dpo_fast's attention, so an implementation that is asked for by name need not be installed.
+    `quantisation` is the one of the base, see quantised.py.
     """
     if not isinstance(model, str):
         if args.model_init_kwargs:
@@ -54,6 +56,8 @@ def load_model(model, args: DPOConfig, shared: bool = False) -> torch.nn.Module:
     options["ignore_mismatched_sizes"] = True  # they are named below
     if shared and options.get("attn_implementation") not in ("eager", "sdpa"):
         options.pop("attn_implementation", None)
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
     with _one_line(name):
         loaded, info = _auto_class(config).from_pretrained(name, **options)
     if info["mismatched_keys"]:
@@ -66,6 +70,7 @@ def load_model(model, args: DPOConfig, shared: bool = False) -> torch.nn.Module:
             f"{name} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, which would be random: is it a "
             "causal language model?"
         )
+    loaded = settle(loaded)
     if base is None:
         return loaded
     from peft import PeftModel

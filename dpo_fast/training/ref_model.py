@@ -17,6 +17,7 @@ from ..forest.gate import base_model
 from ..forest.model import evaluating
 from ..losses import LossOptions
 from .ref_cache import RefCache, compute_missing, weights_fingerprint
+from .sharding import autocast, is_fsdp2, passes_together
 
 logger = logging.getLogger(__name__)
 NONE, CACHED, MODEL, ADAPTER = "none", "cached", "model", "adapter"
@@ -114,31 +115,49 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_fast" / "ref_logps"
 
 
-def precompute(trainer, model, examples, name: str) -> np.ndarray:
-    """Log-probs under `model`, float64 [len(examples), 2]; all ranks together compute those that the cache lacks."""
+def reference_cache(trainer, model) -> RefCache:
+    """The cache of `model`'s log-probs; the model is whole, as it is before anything shards it."""
     args, accelerator = trainer.args, trainer.accelerator
     adapters = hasattr(model, "disable_adapter")
     with as_reference(model, adapters):
         skip = None if hasattr(base_model(model), "_dpo_fast_start") or not adapters else _is_adapter
         fingerprint = weights_fingerprint(model, skip=skip)
-    cache = RefCache(
+    # FSDP2 casts whole weights where autocast casts inputs of some operations: other roundings.
+    sharded = is_fsdp2(accelerator) and model is trainer.model
+    casts = {"fsdp2": True} if sharded and accelerator.mixed_precision != "no" else {}
+    return RefCache(
         args.ref_cache_dir or default_cache_dir(),
         weights=fingerprint,
         precision=f"{next(model.parameters()).dtype}/{accelerator.mixed_precision}",
         version=__version__,
-        extra={"ld_alpha": args.ld_alpha},
+        extra={"ld_alpha": args.ld_alpha, **casts},
     )
+
+
+def precompute(trainer, model, examples, name: str, cache: RefCache | None = None) -> np.ndarray:
+    """float64 [len(examples), 2] log-probs under `model`, computed where `cache` lacks them, on all ranks together.
+
+    Under FSDP2 the policy is sharded first, if it is not yet, and the pass goes through the shards: before the first step
+    policy and reference are the same weights, and no rank ever needs all of them on its device.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    cache = reference_cache(trainer, model) if cache is None else cache
+    adapters = hasattr(model, "disable_adapter")
     collator = ForestCollator(trainer.share, max_tokens=args.max_tokens_per_batch)
     device = accelerator.device
+    sharded = is_fsdp2(accelerator) and model is trainer.model
+
+    def logps(part) -> torch.Tensor:
+        with as_reference(model, adapters), autocast(accelerator, sharded):
+            forest = part.forest.to(device)
+            return forest.sum_paths(model(forest=forest)["token_logps"], args.ld_alpha)
 
     def compute(batch) -> torch.Tensor:
-        with as_reference(model, adapters), accelerator.autocast():
-            parts = []
-            for part in collator(batch)["parts"]:
-                forest = part.forest.to(device)
-                token_logps = model(forest=forest)["token_logps"]
-                parts.append(forest.sum_paths(token_logps, args.ld_alpha))
-        return torch.cat(parts, dim=1).T.cpu()
+        parts = collator(batch)["parts"]
+        if sharded:
+            run = [(logps(part), counts) for part, counts in passes_together(accelerator, parts, parts[-1])]
+            return torch.cat([values for values, counts in run if counts], dim=1).T.cpu()
+        return torch.cat([logps(part) for part in parts], dim=1).T.cpu()
 
     mine = examples[accelerator.process_index :: accelerator.num_processes]
     missing = len(cache.lookup(mine)[1])
@@ -149,17 +168,14 @@ def precompute(trainer, model, examples, name: str) -> np.ndarray:
         disable=args.disable_tqdm or not missing or not accelerator.is_local_main_process,
     )
     batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-    where = next(model.parameters()).device
-    try:
-        model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            "the reference pass needs the whole model on one accelerator: fill the cache (ref_cache_dir) on a larger "
-            "one, or train adapters (use_peft)"
-        ) from error
-    with bar:
+    with bar, _on_device(trainer, model, missing) if not sharded else contextlib.nullcontext():
+        if sharded and int(accelerator.gather(torch.tensor([missing], device=device)).sum()):
+            trainer.shard()
         compute_missing(cache, mine, batch_size, compute, progress=lambda done, _: bar.update(done - bar.n))
-    model.to(where)
+        if sharded:  # until the others have finished too
+            idle = collator(examples[:1])["parts"][0]
+            while [logps(part) for part, _ in passes_together(accelerator, [], idle)]:
+                pass
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         cache = RefCache(cache.path.parent, **cache.header)
@@ -170,6 +186,24 @@ def precompute(trainer, model, examples, name: str) -> np.ndarray:
             "system that all ranks share"
         )
     return values
+
+
+@contextlib.contextmanager
+def _on_device(trainer, model, missing: int):
+    """The whole model on this rank's device, and back where it was afterwards; nothing moves where no pair is missing."""
+    where = next(model.parameters()).device
+    if not missing or getattr(base_model(model), "is_quantized", False):  # bitsandbytes' weights do not move
+        yield
+        return
+    try:
+        model.to(trainer.accelerator.device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the reference pass needs the whole model on one accelerator: train with FSDP2, whose shards it goes through, "
+            "or adapters (use_peft), or fill the cache (ref_cache_dir) on a larger accelerator"
+        ) from error
+    yield
+    model.to(where)
 
 
 class SyncRefModelCallback(TrainerCallback):

@@ -20,7 +20,9 @@ from .checkpointing import choose
 from .config import DPOConfig
 from .dropout import no_dropout, random_router
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
+from .quantised import check_adapters_train, choose_quantisation, weight_count
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
+from .sharding import refuse_zero3
 from .start_checks import check_finite, check_positions
 
 logger = logging.getLogger(__name__)
@@ -36,16 +38,18 @@ class RunPlan:
     path: Plan  # how the trunk runs over a forest; the check of `prepare_model` may still change it
     vocab_size: int  # rows of the head
     reference: str  # see ref_model.py
+    quantization_config: Any = None  # transformers' BitsAndBytesConfig
 
 
-def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None) -> RunPlan:
+def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None, quantization_config=None) -> RunPlan:
     """Check that this model, reference and adapters can be trained together. A model given by name is built without weights.
 
     Raises ValueError for what cannot work together, and for a model that no path computes correctly.
     """
     if is_deepspeed_zero3_enabled():
-        raise ValueError("ZeRO-3 partitions the weights before they can be checked: use ZeRO-2 or fsdp")
+        refuse_zero3()
     by_name = isinstance(model, str)
+    quantisation = choose_quantisation(quantization_config, args, by_name)
     base = adapter_base(model, args) if by_name else None
     adapters = peft_config is not None or base is not None
     if peft_config is not None:
@@ -54,6 +58,7 @@ def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None) -> RunPla
     if by_name:
         empty = empty_model(base or model, args)
         with torch.device("meta"):
+            check_adapters_train(quantisation, empty.config, adapters)
             path, head = plan_model(empty), empty.get_output_embeddings()
             add_adapters(empty, peft_config)
     else:
@@ -61,7 +66,7 @@ def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None) -> RunPla
             check_adapters(config)
         restore_model(model)
         path, head = plan_model(base_model(model)), base_model(model).get_output_embeddings()
-    return RunPlan(model, ref_model, peft_config, path, head.weight.shape[0], reference)
+    return RunPlan(model, ref_model, peft_config, path, head.weight.shape[0], reference, quantisation)
 
 
 @dataclasses.dataclass
@@ -91,7 +96,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     set_seed(args.seed)  # adapters start at random
     model, ref_model, reference = run.model, run.ref_model, run.reference
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
-    model = load_model(model, args, shared=run.path.path == "shared")
+    model = load_model(model, args, run.path.path == "shared", run.quantization_config)
     if tokenizer is None and name:
         tokenizer = load_tokenizer(name, args)
     foreign = ref_model is not None
@@ -200,7 +205,7 @@ def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[flo
     """
 
     def cost(parameters) -> int:
-        return sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters)
+        return sum(weight_count(p) * (6 if p.requires_grad else 4) for p in parameters)
 
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     trunk = cost(p for p in model.parameters() if p.ndim > 1 and id(p) not in tables | {id(head.weight)})

@@ -12,9 +12,10 @@ import torch
 from ..data.examples import FIELDS
 from ..data.pairs import PairDataset
 from ..data.streamed import StreamedPairs
-from ..forest.gate import Plan, base_model, rope_parameters
+from ..forest.gate import Plan, base_model, computes_in_half, rope_parameters
 from ..forest.model import evaluating, reset_rope
 from ..forest.packing import PrefixForest
+from .quantised import is_quantised
 
 logger = logging.getLogger(__name__)
 _PROMPT, _SCORED = 64, 32  # tokens that a check looks at
@@ -23,8 +24,10 @@ _PROMPT, _SCORED = 64, 32  # tokens that a check looks at
 def check_finite(model: torch.nn.Module) -> None:
     """Raise ValueError that names the first parameter or buffer of `model` that holds NaN or an infinite number."""
     for name, tensor in model.named_parameters():
+        if is_quantised(tensor):
+            continue
         # The sum comes first since it reads without writing; it may overflow although every number is finite.
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.detach().sum().isfinite():
+        if not tensor.is_meta and not tensor.detach().sum().isfinite():
             bad = int((~tensor.detach().isfinite()).sum())
             if bad:
                 raise ValueError(
@@ -135,7 +138,7 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: 
             theirs = logps.gather(1, ids[0, ids.shape[1] - scored :, None])[:, 0]
             differences.append((ours[s, :scored] - theirs).abs())
     worst = torch.cat(differences).max().item()
-    tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.5
+    tolerance = 0.5 if computes_in_half(model) else 1e-3
     if not worst <= tolerance:
         advice = "Train with --share none, and please" if plan.path == "shared" else "Please"
         raise ValueError(
@@ -166,7 +169,7 @@ def verify_training_mode(model: torch.nn.Module, rows: list[dict], share: str, d
             module.training = mode
     worst = (first - second).abs().max().item()
     # Sums of atomics may round differently on a GPU; a dropped activation moves a log-prob by tenths of a nat.
-    if deterministic and not worst <= (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.02):
+    if deterministic and not worst <= (0.02 if computes_in_half(bare) else 1e-4):
         raise ValueError(
             f"two passes in training mode differ by {worst:.3g} nats although disable_dropout is on: "
             f"{type(bare).__name__} draws random numbers that no dropout option turns off. Train with "

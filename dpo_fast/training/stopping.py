@@ -9,6 +9,8 @@ from collections import deque
 import torch
 from transformers import TrainerCallback
 
+from .quantised import is_quantised
+
 logger = logging.getLogger(__name__)
 TERMINATED = 128 + signal.SIGTERM  # the exit status that shells and schedulers know
 _SKIPS_IN_A_ROW = 10
@@ -152,7 +154,7 @@ def gradients_are_finite(parameters, accelerator) -> bool:
 
 def weights_are_finite(parameters, accelerator) -> bool:
     """Whether all weights are finite, on all ranks; waits for the device."""
-    return _finite(parameters, accelerator)
+    return _finite((p for p in parameters if not is_quantised(p)), accelerator)
 
 
 def _finite(tensors, accelerator) -> bool:

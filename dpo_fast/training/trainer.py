@@ -17,8 +17,11 @@ from . import metrics
 from .batch_loss import BatchLoss, Totals
 from .batches import token_batches
 from .config import DPOConfig
-from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, precompute
+from .fingerprint import fingerprint
+from .ref_cache import RefCache
+from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, precompute, reference_cache
 from .run_setup import RunPlan, plan_run, set_up
+from .sharding import already_prepared, deferred_sync, is_fsdp2, settle_plugin
 from .start_checks import verify_start
 from .start_model import start_model
 
@@ -35,6 +38,7 @@ class DPOTrainer(BatchLoss):
         also be a datasets.IterableDataset, with max_steps and a reference that is computed in every step.
     processing_class: the tokenizer. If left out, it is loaded from the model's folder.
     peft_config: wraps the model in adapters.
+    quantization_config: transformers' BitsAndBytesConfig, for a frozen base in 4 or 8 bits under adapters.
 
     Raises ValueError for options and data that cannot work, before any step is spent.
     """
@@ -58,14 +62,14 @@ class DPOTrainer(BatchLoss):
             raise ValueError("data_collator cannot be given: batches are prefix forests, no padded rows; leave it out")
         if compute_metrics is not None:
             raise ValueError("compute_metrics cannot be given: no logits exist to compute from; leave it out")
-        if quantization_config is not None:
-            raise ValueError("quantization_config is not supported: use peft_config with bfloat16 weights instead")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required (or eval_dataset, to evaluate alone)")
         args = args or DPOConfig()
         if args.gradient_checkpointing is None:
             args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
-        run = model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config)
+        run = (
+            model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config, quantization_config)
+        )
         self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
         self.share = self.setup.share
         super().__init__(
@@ -106,7 +110,10 @@ class DPOTrainer(BatchLoss):
         self._aux_loss: float | None = None  # the last log's, which the summary at the end repeats as TRL's does
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []  # (index, table) of the evaluation in progress
         self._eval_totals: Totals | None = None
-        self._started = self._verified = False
+        self._started = self._verified = self._sharded = False
+        self._ref_cache: RefCache | None = None
+        if is_fsdp2(self.accelerator):
+            settle_plugin(self.accelerator)
         self._begin_life()
         self.train_dataset = self._with_reference(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
@@ -126,8 +133,11 @@ class DPOTrainer(BatchLoss):
         if data is not None and self.setup.reference == CACHED and data.examples.reference is None:
             model = self.ref_model or self.model
             if self._has_trained and self.ref_model is None and not self.setup.adapters:
-                model = start_model(self)
-            data.set_reference(precompute(self, model, data.examples, name))
+                data.set_reference(precompute(self, start_model(self), data.examples, name))
+                return data
+            if self._ref_cache is None:  # named by whole weights, which no rank has once the model is sharded
+                self._ref_cache = reference_cache(self, model)
+            data.set_reference(precompute(self, model, data.examples, name, self._ref_cache))
         return data
 
     @property
@@ -150,6 +160,28 @@ class DPOTrainer(BatchLoss):
         )
         return self.accelerator.prepare(loader)
 
+    def shard(self) -> None:
+        """Under FSDP2: give every rank its shard of the policy and of the optimizer's weights, once; else nothing.
+
+        transformers would do so later; the reference pass and an evaluation before training need it first. What is
+        checked or named by whole weights comes before.
+        """
+        if not is_fsdp2(self.accelerator) or self._sharded:
+            return
+        self._verify()
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self)
+        self.create_optimizer()
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped = self.model
+        self._sharded = True
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self.shard()
+        ready = already_prepared(self.accelerator, self.model, self.optimizer)
+        with ready if self._sharded else contextlib.nullcontext():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate as `Trainer.evaluate` does; rows that were not given at construction are prepared here."""
         if eval_dataset is not None and not isinstance(eval_dataset, (PairDataset, dict, str)):
@@ -158,6 +190,7 @@ class DPOTrainer(BatchLoss):
             )
             eval_dataset = self._with_reference(data, metric_key_prefix)
         self._verify()
+        self.shard()
         with self.throughput.paused():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -186,6 +219,8 @@ class DPOTrainer(BatchLoss):
     def training_step(self, model, inputs, num_items_in_batch: Totals | None = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, part by part; returns its share of the step's mean loss."""
         model.train()
+        if is_fsdp2(self.accelerator):  # transformers defers it between micro-batches, with whole gradients in memory
+            model.set_requires_gradient_sync(True)
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers
         parts = [part.on(self.args.device) for part in inputs["parts"]]
@@ -195,7 +230,7 @@ class DPOTrainer(BatchLoss):
         extra = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         total = torch.zeros((), device=self.args.device)
         for part, counts, last in self._passes(parts):
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else deferred_sync(self.accelerator, model):
                 with self.compute_loss_context_manager():
                     loss, table, losses = self._loss_and_table(model, part, totals)
                 loss = loss * (part.pairs * scale * counts)
