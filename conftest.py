@@ -1,7 +1,8 @@
 """For every test: GPU tests skip where there is no GPU, and tiny models run on one thread, where they are fastest.
 
-Under pytest-xdist the tests of one `xdist_group` share a worker, and with it what their modules prepare; these groups and the
-slow tests come first, so that no worker is left with one of them at the end.
+Under pytest-xdist the tests of some files share a worker, and with it what their modules prepare; these groups and the slow
+tests come first, so that no worker is left with one of them at the end. (The marker `xdist_group` of xdist 3.8 has no effect
+under pytest 9.2.)
 
 `pytest --benchmark` runs the suites in bench/ instead of the tests; without it none of them is collected.
 """
@@ -12,16 +13,35 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parent / "bench"
+# Files whose module fixtures are dear, by the group whose tests run in one worker.
+ONE_WORKER = {
+    "test_annotate_browser.py": "browser",
+    "test_benchmark_option.py": "benchmark",
+    "test_demo.py": "demo",
+    "test_distributed.py": "distributed",
+    "test_generate_files.py": "generate",
+    "test_kernels_path.py": "kernels",
+    "test_quantised.py": "engines",
+    "test_sanitizers.py": "sanitizers",
+    "test_sharded.py": "distributed",
+}
 
 
 def pytest_addoption(parser):
     parser.addoption("--benchmark", action="store_true", help="run the benchmark suites in bench/ instead of the tests")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            """Tests of one scope run in one worker: those of a group, and every other test by itself."""
+            file = nodeid.split("::")[0].rpartition("/")[2]
+            return ONE_WORKER.get(file, nodeid)
+
+    return ByGroup(config, log)
 
 
 def pytest_configure(config):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("benchmark_option")
-
 ROOT = Path(__file__).parent.parent
 
 

@@ -22,8 +22,6 @@ from dpo_fast.demo.questions import (
 )
 from dpo_fast.demo.stages import Settings, answer, one_thread, run
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 SEVEN = Question("Q: What is 3 plus 4?\nA: ", "7", "the sum is 7")
 
 

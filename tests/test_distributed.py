@@ -13,8 +13,6 @@ pytest.importorskip("transformers")
 import tiny
 from test_resume import ROOT, history, options
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 RUNS = {
     "plain": {},

@@ -427,10 +427,10 @@ def test_a_killed_rank_is_restarted_to_the_same_numbers(tmp_path):
             "options": run, "resume": "last", "kill_rank_at": kill,
         }  # fmt: skip
         (tmp_path / f"{name}.spec").write_text(json.dumps(spec))
-        # One restart is needed; on a busy machine gloo was seen to fail to connect the restarted ranks at once.
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
         command = [sys.executable, *launcher, str(ROOT / "tests/run_training.py"), str(tmp_path / f"{name}.spec")]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        # torch 2.13 keeps its shared store over a restart: ranks may find the addresses of those that were killed.
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         assert (tmp_path / f"{name}.json.killed").exists() == bool(kill)

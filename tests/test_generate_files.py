@@ -18,8 +18,6 @@ from dpo_fast.demo.questions import byte_tokenizer
 from dpo_fast.loop.endpoint import Endpoint
 from dpo_fast.loop.items import read_candidates
 
-pytestmark = pytest.mark.xdist_group("generate_files")
-
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 

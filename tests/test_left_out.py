@@ -77,7 +77,7 @@ def any_number(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """(rows, whether they take part in the backward pass) of every call of the head's op."""
-    seen, op = [], ops.head.linear_token_logps
+    seen, op = [], ops.head._linear_token_logps
 
     def recorded(hidden, *args):
         seen.append((len(hidden), torch.is_grad_enabled() and hidden.requires_grad))
@@ -85,7 +85,7 @@ def calls(monkeypatch):
         assert out[0].requires_grad == seen[-1][1]
         return out
 
-    monkeypatch.setattr(ops.head, "linear_token_logps", recorded)
+    monkeypatch.setattr(ops.head, "_linear_token_logps", recorded)
     return seen
 
 

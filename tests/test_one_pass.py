@@ -167,7 +167,7 @@ def test_a_shifted_slice_is_not_copied(monkeypatch):
         rows, _ = logits_ops.flat_rows(whole[:, :-1], targets, -100)
         assert rows.data_ptr() == whole.data_ptr()
     with Allocated() as mode:
-        logits_ops.dpo_loss.function(whole[:, :-1], targets, *arguments)
+        logits_ops._dpo_loss.function(whole[:, :-1], targets, *arguments)
     assert mode.numel == whole.numel()
     copy = whole[:, :-1].contiguous()
     with Allocated() as mode:
@@ -198,7 +198,7 @@ def test_head_matrix_products(needs, kept, gemms):
     """One chunk: frozen two products, trained three, four where nothing is kept."""
     leaves, targets, cu = head_batch([(0, 4)] * 2, packed=True, bias=False)
     with Allocated() as mode:
-        head_ops.linear_dpo_loss.function(*head_arguments(leaves, targets, cu, needs, kept * V * 8))
+        head_ops._linear_dpo_loss.function(*head_arguments(leaves, targets, cu, needs, kept * V * 8))
     assert mode.gemms == gemms
 
 
@@ -206,7 +206,7 @@ def test_head_matrix_products(needs, kept, gemms):
 def test_head_groups_of_whole_pairs_take_three_products_each(pairs_kept):
     leaves, targets, cu = head_batch([(0, 4)] * 12, packed=True, bias=False)
     with Allocated() as mode:
-        head_ops.linear_dpo_loss.function(
+        head_ops._linear_dpo_loss.function(
             *head_arguments(leaves, targets, cu, [True, True, False], pairs_kept * 8 * V * 8)
         )
     assert mode.gemms == 3 * 6 // pairs_kept
@@ -218,5 +218,5 @@ def test_head_holds_a_tile_and_the_workspace(monkeypatch):
     leaves, targets, cu = head_batch(lengths, v, packed=True)
     for needs, kept in (([True, False, False], 0), ([True] * 3, 16), ([True] * 3, 40), ([True] * 3, 3)):
         with Allocated() as mode:
-            head_ops.linear_dpo_loss.function(*head_arguments(leaves, targets, cu, needs, kept * v * 8))
+            head_ops._linear_dpo_loss.function(*head_arguments(leaves, targets, cu, needs, kept * v * 8))
         assert mode.numel == max(rows, kept // 16 * 16 or kept) * v

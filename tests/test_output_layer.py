@@ -193,8 +193,8 @@ def inside(monkeypatch):
 
         backward = staticmethod(head_ops._backward)
 
-    head_ops_forward = head_ops.linear_token_logps.function
-    monkeypatch.setattr(head_ops, "linear_token_logps", Function.apply)
+    head_ops_forward = head_ops._linear_token_logps.function
+    monkeypatch.setattr(head_ops, "_linear_token_logps", Function.apply)
 
 
 def largest(monkeypatch, function, dtype=torch.float64, grad_mode=True, **options):

@@ -35,7 +35,6 @@ LIBRARIES = {name: library(name) for name in ("libasan.so", "libubsan.so", "libs
 MISSING = [name for name, path in LIBRARIES.items() if path is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("sanitizers"),
     pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux"),
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})"),
     pytest.mark.skipif(bool(MISSING), reason=f"the compiler has no {' and no '.join(MISSING)}: gcc has them"),

@@ -14,7 +14,7 @@ from test_resume import history
 from dpo_fast.training.ref_cache import RefCache
 from dpo_fast.training.sharding import passes_together
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": True, "lora_dropout": 0.0}
 LAYERS = 16  # so that a few of them are a small part of the whole
 SHARDED = {**FSDP, "gradient_checkpointing": False}

@@ -1,7 +1,7 @@
 """The ops that hold the output layer, as torch.library ops. tiles.py says how they avoid the logits.
 
-`linear_token_logps` computes log-probs in forward and gradients in backward, when the coefficients are known.
-`linear_dpo_loss` computes both in forward, one group of whole pairs after the other, each as large as the workspace allows.
+`_linear_token_logps` computes log-probs in forward and gradients in backward, when the coefficients are known.
+`_linear_dpo_loss` computes both in forward, one group of whole pairs after the other, each as large as the workspace allows.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def in_place(x: Tensor, rows: Tensor | None, scored: Tensor | None, n: int) -> T
 
 
 @library_op("linear_token_logps")
-def linear_token_logps(
+def _linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -87,7 +87,7 @@ def _kept(hidden: Tensor, weight: Tensor, keep: str, workspace_bytes: int) -> tu
     return hidden.new_empty(rows, weight.shape[0]), hidden.new_empty(n if keep == "dh" else 0, hidden.shape[1])
 
 
-@linear_token_logps.register_fake
+@_linear_token_logps.register_fake
 def _(hidden, weight, targets, bias, numbers, ignore_index, outputs, keep, workspace_bytes, backend, debug):
     wide, n = wide_dtype(hidden.dtype), hidden.shape[0]
     stats = hidden.new_empty(len(split_names(outputs)), n, dtype=wide)
@@ -189,14 +189,14 @@ def _backward(ctx, grad, *_):
     return dh, dw, None, db, *(None,) * 7
 
 
-linear_token_logps.register_autograd(_backward, setup_context=_save)
+_linear_token_logps.register_autograd(_backward, setup_context=_save)
 
 
 # ---- Loss and gradients ----
 
 
 @library_op("linear_dpo_loss")
-def linear_dpo_loss(
+def _linear_dpo_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -259,7 +259,7 @@ def linear_dpo_loss(
     return losses.mean(), losses, logps, in_place(stats, rows, scored, n), dh, *sums.results(hidden)
 
 
-@linear_dpo_loss.register_fake
+@_linear_dpo_loss.register_fake
 def _(
     hidden, weight, targets, bias, cu_seqlens, ref_logps, pair_weights, label_smoothing, mean_chosen_length,
     numbers, names, choices, ignore_index, outputs, needs, *_,

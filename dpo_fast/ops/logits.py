@@ -24,7 +24,7 @@ def _transform(numbers: Tensor) -> dict[str, float | None]:
 
 
 @library_op("token_logps")
-def token_logps(
+def _token_logps(
     logits: Tensor,
     targets: Tensor,
     numbers: Tensor,
@@ -42,7 +42,7 @@ def token_logps(
     return unflatten(logps, logits), unflatten(lse, logits), unflatten(stacked(stats, logps), logits)
 
 
-@token_logps.register_fake
+@_token_logps.register_fake
 def _(logits, targets, numbers, ignore_index, outputs, backend, debug):
     wide = wide_dtype(logits.dtype)
     shape = targets.shape
@@ -108,7 +108,7 @@ def _backward(ctx, grad, *_):
     return token_logps_backward(logits, targets, lse, grad, numbers, *ctx.options), *none
 
 
-token_logps.register_autograd(_backward, setup_context=_save)
+_token_logps.register_autograd(_backward, setup_context=_save)
 
 
 @library_op("sequence_sums")
@@ -193,7 +193,7 @@ def _bounds(logits: Tensor, cu_seqlens: Tensor | None, debug: bool) -> Tensor:
 
 
 @library_op("dpo_loss")
-def dpo_loss(
+def _dpo_loss(
     logits: Tensor,
     targets: Tensor,
     cu_seqlens: Tensor | None,
@@ -222,7 +222,7 @@ def _fake_losses(logits, cu_seqlens):
     return tuple(logits.new_empty(shape, dtype=wide) for shape in ((), (count // 2,), (count,)))
 
 
-@dpo_loss.register_fake
+@_dpo_loss.register_fake
 def _(logits, targets, cu_seqlens, *_):
     return *_fake_losses(logits, cu_seqlens), empty_rows(logits)[1]
 

@@ -77,7 +77,7 @@ def linear_token_logps(
             transform = {"scale": float(logit_scale), "softcap": softcap, "temperature": float(temperature)}
             head = hidden, weight, targets, bias, shard, transform
             return vocab_parallel_token_logps(*head, ignore_index, tuple(outputs), *limits)
-        return library.linear_token_logps(hidden, weight, targets, bias, *settings, keep, *limits)[:2]
+        return library._linear_token_logps(hidden, weight, targets, bias, *settings, keep, *limits)[:2]
 
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if not keep or grad_rows is None or grad_rows == n:
@@ -242,7 +242,7 @@ def linear_dpo_loss(
         bounds = torch.arange(count + 1, dtype=torch.int32, device="cpu") * hidden.shape[1]
     values = (None if x is None else x.detach() for x in (rows, weight, flat, bias))
     settings = *inputs.tensors, *inputs.loss(transform), ",".join(outputs), needs
-    *found, stats, dh, dw, db = library.linear_dpo_loss(
+    *found, stats, dh, dw, db = library._linear_dpo_loss(
         *values, bounds, *settings, workspace_bytes, backend or "", debug
     )
     leaves, gradients = zip(

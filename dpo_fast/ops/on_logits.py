@@ -39,7 +39,7 @@ def token_logps(
     arguments.check_transform(logit_scale, softcap, temperature, outputs)
     numbers = pack_numbers(logit_scale, softcap, temperature)
     options = numbers, ignore_index, ",".join(outputs), backend or "", debug
-    logps, _, stats = library.token_logps(logits, targets, *options)
+    logps, _, stats = library._token_logps(logits, targets, *options)
     return (logps, unstacked(stats, outputs)) if outputs else logps
 
 
@@ -157,7 +157,7 @@ def dpo_loss(
     if inplace:
         found, gradient = library.dpo_loss_(values, targets, cu_seqlens, *given), values
     else:
-        *found, gradient = library.dpo_loss(values, targets, cu_seqlens, *given)
+        *found, gradient = library._dpo_loss(values, targets, cu_seqlens, *given)
     return output_with_gradients(inputs, found, [logits], [gradient], backend or "")
 
 
