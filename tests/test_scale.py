@@ -12,7 +12,7 @@ yaml = pytest.importorskip("yaml")
 from bench import scale  # noqa: E402
 from dpo_fast.cli.parse import parse  # noqa: E402
 from dpo_fast.ops import WORKSPACE_BYTES  # noqa: E402
-from dpo_fast.training.ref_cache import _RECORD_SIZE  # noqa: E402
+from dpo_fast.training.ref_cache import _RECORD  # noqa: E402
 
 DOC = (Path(__file__).parent.parent / "docs/scale.md").read_text()
 
@@ -27,7 +27,7 @@ def test_the_sizes_are_the_published_ones():
     assert scale.LLAMA["8B"].weights == pytest.approx(8_030_261_248, rel=1e-4)
     assert scale.LLAMA["70B"].weights == pytest.approx(70_553_706_496, rel=1e-4)
     assert scale.WORKSPACE == WORKSPACE_BYTES
-    assert f"{_RECORD_SIZE} bytes per pair" in DOC
+    assert f"{_RECORD.itemsize} bytes per pair" in DOC
 
 
 def test_the_configuration_is_one(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import tiny
 from test_distributed import FSDP, same, spec, start
 from test_resume import history
 
-from dpo_fast.training.ref_cache import RefCache
+from dpo_fast.training.ref_cache import _RECORD
 from dpo_fast.training.sharding import passes_together
 
 pytestmark = pytest.mark.slow
@@ -49,11 +50,10 @@ def folder(tmp_path_factory):
 
 
 def cached(folder) -> dict:
-    """All values of the one cache in `folder`."""
-    (path,) = folder.glob("ref-*.json")
-    header = json.loads(path.read_text())
-    header.pop("about")
-    return RefCache(folder, **header)._values
+    """All values of the one cache in `folder`, by key."""
+    (path,) = folder.glob("ref-*.bin")
+    records = np.frombuffer(path.read_bytes(), _RECORD)
+    return {record["key"].tobytes(): record["values"].tolist() for record in records}
 
 
 def test_the_reference_pass_goes_through_the_shards(folder):
