@@ -29,7 +29,12 @@ class PairDataset(Dataset):
         return len(self.examples)
 
     def __getitem__(self, i: int) -> dict:
-        return self.examples[i]
+        """One example with lists of token ids, as TRL's data sets have them."""
+        return {key: x.tolist() if isinstance(x, np.ndarray) else x for key, x in self.examples[i].items()}
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """What a DataLoader fetches: token ids as they lie in the columns."""
+        return [self.examples[i] for i in indices]
 
     def mean_chosen_length(self) -> float:
         """Scored chosen tokens per pair (the first token of a sequence without a prompt is not scored)."""
