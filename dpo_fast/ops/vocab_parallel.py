@@ -18,7 +18,7 @@ from ..backends.eager import chunks, rows_within, tile_rows, transform_logits, w
 from ..losses import require
 from .arguments import check_targets, local
 from .head import in_place, scored_rows, whole_rows
-from .tiles import GradientSums, OutputLayer, workspace_rows
+from .tiles import GradientSums, OutputLayer
 from .torch_library import once_differentiable
 
 
@@ -112,12 +112,9 @@ class _Call(NamedTuple):
         own = (here >= 0) & (here < words)
         return own, here.masked_fill(~own, 0)
 
-    def tile(self, n: int, weight: Tensor) -> tuple[int, Tensor]:
-        """Rows per chunk, the same on every rank, and memory for the logits of a chunk."""
-        rows = tile_rows(self.shard.most, weight.dtype, weight.device.type)
-        # A single row is never left alone, so that a chunk may be one row longer where `rows` is a whole number of steps.
-        longest = max((b - a for a, b in chunks(n, rows)), default=0)
-        return rows, weight.new_empty(longest, len(weight))
+    def chunk_rows(self, weight: Tensor) -> int:
+        """Rows per chunk, the same on every rank, since each chunk is a collective."""
+        return tile_rows(self.shard.most, weight.dtype, weight.device.type)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -132,8 +129,8 @@ class _VocabParallel(torch.autograd.Function):
         layer = call.layer(hidden, weight, bias)
         rows, labels, *where = scored_rows(hidden, targets.contiguous(), call.ignore_index)
         frozen = not any(ctx.needs_input_grad[1:3])
-        # Equal on every rank: a rank that keeps less must not leave a collective out.
-        limit = workspace_rows(weight.new_empty(0).expand(call.shard.most, 0), call.workspace_bytes)
+        # The limit is that of the rank with most words, so that the chunks are the same on every rank.
+        limit = call.workspace_bytes // (call.shard.most * weight.element_size())
         keeps = rows_within(len(rows), limit) if any(ctx.needs_input_grad) and not frozen else 0
         kept = rows.new_empty(keeps, len(weight))
         dh = torch.empty_like(rows) if frozen and ctx.needs_input_grad[0] else None
@@ -157,7 +154,7 @@ class _VocabParallel(torch.autograd.Function):
             grad = grad.masked_fill(~scored, 0)
         coef = (grad if index is None else grad[index])[:, None]
         if dh is not None:
-            out, sums = torch.mul(dh, coef).to(hidden.dtype), None
+            out, sums = torch.mul(dh, coef), None
         else:
             out = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
             sums = _gradients(ctx, call.layer(hidden, weight, bias), rows, labels, coef, lse, kept, out)
@@ -176,8 +173,9 @@ def _forward(layer: OutputLayer, call: _Call, hidden: Tensor, targets: Tensor, k
     n, wide = len(hidden), wide_dtype(hidden.dtype)
     logps, lse = hidden.new_empty(n, dtype=wide), hidden.new_empty(n, dtype=wide)
     stats = hidden.new_empty(len(call.outputs), n, dtype=wide)
-    rows, memory = call.tile(n, layer.weight)
-    for a, b in chunks(len(kept), rows) + _past(len(kept), n, rows):
+    rows = call.chunk_rows(layer.weight)
+    memory = hidden.new_empty(min(n - len(kept), rows), len(layer.weight))
+    for a, b in _chunks(len(kept), n, rows):
         tile = layer.logits(hidden[a:b], kept[a:b] if b <= len(kept) else memory[: b - a])
         logps[a:b], lse[a:b], found = _combine(layer, call, tile, targets[a:b])
         for k, x in enumerate(found):
@@ -188,8 +186,9 @@ def _forward(layer: OutputLayer, call: _Call, hidden: Tensor, targets: Tensor, k
     return logps, lse, stats
 
 
-def _past(start: int, n: int, rows: int) -> list[tuple[int, int]]:
-    return [(a + start, b + start) for a, b in chunks(n - start, rows)]
+def _chunks(kept: int, n: int, rows: int) -> list[tuple[int, int]]:
+    """The kept rows and then the others, in ranges of at most `rows`."""
+    return chunks(kept, rows) + [(a + kept, b + kept) for a, b in chunks(n - kept, rows)]
 
 
 def _combine(layer: OutputLayer, call: _Call, tile: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -254,8 +253,8 @@ def _residual_(layer: OutputLayer, call: _Call, tile: Tensor, targets: Tensor, l
 def _gradients(ctx, layer, hidden, targets, coef, lse, kept, out) -> GradientSums:
     """Those of weight and bias; this rank's part of the hidden states' goes to `out`. Rows past `kept` are computed again."""
     needs, call, n = ctx.needs_input_grad, ctx.call, len(hidden)
-    rows, memory = call.tile(n, layer.weight)
-    parts = chunks(len(kept), rows) + _past(len(kept), n, rows)
+    rows = call.chunk_rows(layer.weight)
+    memory, parts = hidden.new_empty(min(n, rows), len(layer.weight)), _chunks(len(kept), n, rows)
     peak = coef.abs().amax().clamp(min=1.0) if hidden.dtype == torch.float16 and n else None
     sums = GradientSums(layer.weight if needs[1] else None, layer.bias if needs[2] else None, len(parts) > 1, peak)
     for a, b in parts:
