@@ -28,7 +28,7 @@ from dpo_fast.data.sources import load_pairs, split_pairs
 from dpo_fast.data.tokenization import tokenize_pairs
 from dpo_fast.loop.aggregate import posteriors
 from dpo_fast.loop.items import completion_text, prompt_id
-from dpo_fast.loop.store import Label
+from dpo_fast.loop.label_file import Label
 
 SETS = ("politeness", "pandalm")
 HELD_OUT = 0.35

@@ -8,7 +8,7 @@ import json
 import sys
 
 from .data.prompts import load_prompts
-from .data.sources import Source
+from .data.readers import Source
 from .loop.candidates import Prompt
 from .loop.command import run_command
 from .loop.engines import TRANSFORMERS, open_engine

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from .cli.config_file import read_config
-from .data.sources import Pairs, load_pairs, locate, split_pairs
+from .data.readers import locate
+from .data.sources import Pairs, load_pairs, split_pairs
 from .training import checkpoint
 from .training.run_lock import hold
 

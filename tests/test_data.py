@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_fast.data.sources import DataError, Source, load_pairs, normalise_rows
+from dpo_fast.data.readers import DataError, Source
+from dpo_fast.data.sources import load_pairs, normalise_rows
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")

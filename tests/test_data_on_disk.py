@@ -16,7 +16,8 @@ from test_tokenization import STRICT, TEMPLATE, bot, chat_row, letters, make_tok
 from dpo_fast.data import sources, tokenization  # noqa: E402
 from dpo_fast.data.examples import Examples, example_key  # noqa: E402
 from dpo_fast.data.pairs import PairDataset, prepare  # noqa: E402
-from dpo_fast.data.sources import DataError, Source, load_pairs, split_pairs  # noqa: E402
+from dpo_fast.data.readers import DataError, Source  # noqa: E402
+from dpo_fast.data.sources import load_pairs, split_pairs  # noqa: E402
 from dpo_fast.data.tokenization import tokenize_pairs  # noqa: E402
 from dpo_fast.forest.batch import ForestCollator  # noqa: E402
 from dpo_fast.forest.packing import pair_tokens  # noqa: E402

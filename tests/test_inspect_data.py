@@ -9,7 +9,8 @@ pytest.importorskip("transformers")
 
 from dpo_fast.data.report import count_tokens, report
 from dpo_fast.data.sources import Pairs, load_pairs
-from dpo_fast.data.tokenization import TokenizedPairs, tokenize_pairs
+from dpo_fast.data.tokenization import tokenize_pairs
+from dpo_fast.data.tokens import TokenizedPairs
 
 SHARED = Path(__file__).parents[1] / "../shared"
 

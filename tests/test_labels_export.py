@@ -16,7 +16,8 @@ from dpo_fast.loop.agreement import agreement, report
 from dpo_fast.loop.export import export_pairs, export_rankings, write_rows
 from dpo_fast.loop.imports import import_labels, recognise
 from dpo_fast.loop.items import make_items
-from dpo_fast.loop.store import Label, LabelStore
+from dpo_fast.loop.label_file import Label
+from dpo_fast.loop.store import LabelStore
 
 SKILL = {"good 1": 0.9, "good 2": 0.9, "good 3": 0.85, "noisy": 0.6, "adversary": 0.1}
 

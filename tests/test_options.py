@@ -14,7 +14,8 @@ from dpo_fast.cli import options
 from dpo_fast.cli.config_file import read_config
 from dpo_fast.cli.options import eval_sources, train_sources
 from dpo_fast.cli.parse import parse
-from dpo_fast.data.sources import Pairs, Source, split_pairs
+from dpo_fast.data.readers import Source
+from dpo_fast.data.sources import Pairs, split_pairs
 from dpo_fast.training import config, unused
 
 BASE = {"model_name_or_path": "model", "dataset_name": "pairs", "use_cpu": True}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo_fast.data.prompts import load_prompts
-from dpo_fast.data.sources import DataError
+from dpo_fast.data.readers import DataError
 
 USER = {"role": "user", "content": "Why?"}
 REPLY = {"role": "assistant", "content": "Because."}

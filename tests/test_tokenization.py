@@ -9,7 +9,8 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 from dpo_fast.data import tokenization as tokenize_module  # noqa: E402
-from dpo_fast.data.sources import DataError, load_pairs  # noqa: E402
+from dpo_fast.data.readers import DataError  # noqa: E402
+from dpo_fast.data.sources import load_pairs  # noqa: E402
 from dpo_fast.data.tokenization import tokenize_pairs  # noqa: E402
 
 SHARED = Path(__file__).parents[1] / "../shared"

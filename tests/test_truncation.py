@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 import tiny
 
 from dpo_fast import DPOConfig, DPOTrainer
-from dpo_fast.data.tokenization import truncate
+from dpo_fast.data.tokens import truncate
 from dpo_fast.forest import packing
 from dpo_fast.training.ref_cache import RefCache
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.layouts import RANKING_PAIRS
-from ..data.sources import Source
+from ..data.readers import Source
 from ..training.config import DPOConfig
 from ..training.quantised import bits_and_bytes
 from ..training.unused import unused_options

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .layouts import BadRowError, read_prompt
-from .sources import DataError, Source, read_source
+from .readers import DataError, Source, read_source
 
 _EXTRAS = ("tools", "chat_template_kwargs")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ..forest.packing import PrefixForest
 from .sources import Pairs
-from .tokenization import TokenizedPairs
+from .tokens import TokenizedPairs
 
 OPEN, CLOSE = "⟦", "⟧"
 BAR = 40

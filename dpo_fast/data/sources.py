@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .layouts import RANKING_PAIRS, BadRowError, make_pair, read_row
-from .readers import DataError, Source, dataset_key, locate, open_source, read_source  # noqa: F401 (others find them here)
+from .readers import DataError, Source, dataset_key, open_source
 
 
 @dataclasses.dataclass

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from torch.utils.data import IterableDataset
 
 from .examples import FIELDS, Examples
-from .sources import DataError, records
+from .readers import DataError
+from .sources import records
 from .tokens import check_tokenizer, tokens_of, truncated_row
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from .mapped import map_rows
-from .sources import DataError
-from .tokens import ROWS_A_CALL, TokenizedPairs, check_tokenizer, is_text, tokens_of, truncate  # noqa: F401 (others find it here)
+from .readers import DataError
+from .tokens import ROWS_A_CALL, TokenizedPairs, check_tokenizer, is_text, tokens_of
 
 
 def tokenize_pairs(

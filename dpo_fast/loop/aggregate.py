@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .store import SIDES, Label
+from .label_file import SIDES, Label
 
 METHODS = ("dawid_skene", "majority")
 

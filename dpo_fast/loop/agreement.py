@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from statistics import median
 
-from .store import Label
+from .label_file import Label
 
 # A position bias is reported where a fair coin would give such a share of lefts with a chance below this.
 UNLIKELY = 0.01

@@ -18,7 +18,8 @@ from pathlib import Path
 from ..data.sources import load_pairs
 from .export import write_rows
 from .items import completion_text, prompt_id
-from .store import SIDES, Label, LabelStore
+from .label_file import SIDES, Label
+from .store import LabelStore
 
 Vote = tuple[str, str | list[dict], str, str, str, float | None]
 _PROMPTS = ("prompt", "instruction", "question", "input", "text")

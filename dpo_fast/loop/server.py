@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from .store import SIDES, LabelStore, Showing
+from .label_file import SIDES
+from .store import LabelStore, Showing
 
 PAGE = Path(__file__).parent / "page"
 _TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}

@@ -7,9 +7,7 @@ import sqlite3
 import time
 
 from .items import Item
-from .label_file import CHOICES, SIDES, Label, LabelFile
-
-__all__ = ["CHOICES", "SHOWN_SECONDS", "SIDES", "Label", "LabelStore", "Showing"]
+from .label_file import SIDES, Label, LabelFile
 
 SHOWN_SECONDS = 1800  # after this time a pair that was shown may be given to another person
 
