@@ -21,7 +21,7 @@ from .fingerprint import fingerprint
 from .ref_cache import RefCache
 from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, precompute, reference_cache
 from .run_setup import RunPlan, plan_run, set_up
-from .sharding import already_prepared, deferred_sync, is_fsdp2, settle_plugin
+from .sharding import already_prepared, deferred_sync, is_fsdp2, passes_together, settle_plugin
 from .start_checks import verify_start
 from .start_model import start_model
 
@@ -245,13 +245,12 @@ class DPOTrainer(BatchLoss):
         self._started = True
         return total
 
-    def _passes(self, parts: list[Part]):
-        """Yield (part, counts, last) equally often on every rank: one with fewer parts repeats its last without counting it."""
-        passes = len(parts)
+    def _passes(self, parts: list[Part]) -> list[tuple[Part, bool, bool]]:
+        """(part, counts, last) equally often on every rank: one with fewer parts repeats its last without counting it."""
+        run = [(part, True) for part in parts]
         if self.args.max_tokens_per_batch is not None and self.accelerator.num_processes > 1:
-            passes = int(self.accelerator.gather(torch.tensor([passes], device=self.args.device)).max())
-        for i in range(passes):
-            yield parts[min(i, len(parts) - 1)], i < len(parts), i == passes - 1
+            run = list(passes_together(self.accelerator, parts, parts[-1]))
+        return [(part, counts, i == len(run) - 1) for i, (part, counts) in enumerate(run)]
 
     def _verify(self) -> None:
         """Check the start once, before training or evaluation lets accelerate wrap the model and change its precision."""
