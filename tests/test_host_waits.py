@@ -185,5 +185,5 @@ def test_steps_of_training(tmp_path, monkeypatch, bf16):
             for line in steps[step]
             if "dpo_fast/training/" in line
         ]
-        assert ours == ["trainer.py", "metrics.py"]
+        assert ours == ["reporting.py", "metrics.py"]
         assert len(steps[step]) == 4

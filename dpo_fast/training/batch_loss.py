@@ -14,7 +14,7 @@ from ..losses import objective
 from . import metrics
 from .life import RunLife
 from .ref_model import CACHED, NONE, as_reference
-from .sharding import autocast
+from .sharding import autocast, passes_together
 from .start_checks import check_start
 
 
@@ -54,6 +54,13 @@ class BatchLoss(RunLife):
         if not return_outputs:
             return loss
         return loss, {name: torch.cat([outputs[name] for _, outputs in found]) for name in found[0][1]}
+
+    def _passes(self, parts: list[Part]) -> list[tuple[Part, bool, bool]]:
+        """(part, counts, last) equally often on every rank: one with fewer parts repeats its last without counting it."""
+        run = [(part, True) for part in parts]
+        if self.args.max_tokens_per_batch is not None and self.accelerator.num_processes > 1:
+            run = list(passes_together(self.accelerator, parts, parts[-1]))
+        return [(part, counts, i == len(run) - 1) for i, (part, counts) in enumerate(run)]
 
     def _part_loss(self, model, part: Part, mean_chosen_length) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The sum of the pairs' losses, and the outputs that `compute_loss` returns beside it."""

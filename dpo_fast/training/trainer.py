@@ -1,7 +1,7 @@
 """`DPOTrainer`: transformers' Trainer over prefix forests.
 
-This file says how losses add up over parts, micro-batches and ranks, and where metrics go. batch_loss.py says how a batch
-becomes a loss; checkpoints, resume, signals and saving are in life.py; run_setup.py sets up the model, the reference and
+This file says how losses add up over parts, micro-batches and ranks. batch_loss.py says how a batch becomes a loss,
+reporting.py what is logged of it; checkpoints, resume, signals and saving are in life.py; run_setup.py sets up the model, the reference and
 the data. Everything else (schedules, logging, evaluation, launchers, sharding) is transformers' own.
 """
 
@@ -11,22 +11,23 @@ import copy
 import torch
 
 from ..data.pairs import PairDataset, prepare
-from ..forest.batch import ForestCollator, Part, padded_tokens
+from ..forest.batch import ForestCollator, padded_tokens
 from ..forest.model import prepare_model
 from . import metrics
-from .batch_loss import BatchLoss, Totals
+from .batch_loss import Totals
 from .batches import token_batches
 from .config import DPOConfig
 from .fingerprint import fingerprint
 from .ref_cache import RefCache
-from .ref_model import CACHED, MODEL, NONE, SyncRefModelCallback, precompute, reference_cache
+from .ref_model import CACHED, MODEL, SyncRefModelCallback, precompute, reference_cache
+from .reporting import Reporting
 from .run_setup import RunPlan, plan_run, set_up
-from .sharding import already_prepared, deferred_sync, is_fsdp2, passes_together, settle_plugin
+from .sharding import already_prepared, deferred_sync, is_fsdp2, settle_plugin
 from .start_checks import verify_start
 from .start_model import start_model
 
 
-class DPOTrainer(BatchLoss):
+class DPOTrainer(Reporting):
     """Train `model` on preference pairs; arguments as in TRL's `DPOTrainer`.
 
     model: a name or folder (loaded with `args.model_init_kwargs`), a transformers causal LM, a PEFT model, a module that
@@ -245,91 +246,12 @@ class DPOTrainer(BatchLoss):
         self._started = True
         return total
 
-    def _passes(self, parts: list[Part]) -> list[tuple[Part, bool, bool]]:
-        """(part, counts, last) equally often on every rank: one with fewer parts repeats its last without counting it."""
-        run = [(part, True) for part in parts]
-        if self.args.max_tokens_per_batch is not None and self.accelerator.num_processes > 1:
-            run = list(passes_together(self.accelerator, parts, parts[-1]))
-        return [(part, counts, i == len(run) - 1) for i, (part, counts) in enumerate(run)]
-
     def _verify(self) -> None:
         """Check the start once, before training or evaluation lets accelerate wrap the model and change its precision."""
         if self.args.verify and not self._verified and self.train_dataset:
             off = self.args.disable_dropout
             verify_start(self.model, self.setup.plan, self.train_dataset, self.share, deterministic=off)
         self._verified = True
-
-    # Metrics.
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluate one batch: keep the pairs' metrics for `evaluation_loop` and return (mean loss, None, None)."""
-        parts = [part.on(self.args.device) for part in inputs["parts"]]
-        total = torch.zeros((), device=self.args.device)
-        for part, counts, _ in self._passes(parts):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, table, _ = self._loss_and_table(model, part, self._eval_totals)
-            if counts:
-                total += loss * part.pairs
-                self._tables.append((part.index, table))
-        return total / sum(part.pairs for part in parts), None, None
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """Run transformers' loop and replace its metrics by true means, in which each pair counts once, on whatever rank."""
-        self._tables = []
-        data = dataloader.dataset
-        self._eval_totals = Totals(len(data), data.mean_chosen_length())
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        index = torch.cat([i for i, _ in self._tables]).to(self.args.device)
-        table = torch.cat([t for _, t in self._tables])
-        if self.accelerator.num_processes > 1:
-            rows = torch.cat([index[:, None].double(), table], dim=1)
-            rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows, dim=0, pad_index=-1))
-            index, table = rows[:, 0], rows[:, 1:]
-        # Ranks that run out of pairs repeat some of them, and padding has index -1.
-        first = {int(i): row for row, i in reversed(list(enumerate(index.tolist()))) if i >= 0}
-        names = self._name(metrics.means(table[sorted(first.values())].sum(0)))
-        self._count_tokens()
-        names["num_tokens"] = self.state.num_input_tokens_seen  # tokens of training, as in TRL
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in names.items()})
-        return output
-
-    def _name(self, values: dict[str, float]) -> dict[str, float]:
-        """`values` without the metrics that this run does not have."""
-        if not self.setup.aux_coef:
-            del values["aux_loss"]
-        if self.setup.reference == NONE:
-            del values["logps/chosen_delta"]
-        return values
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last log and the speed to a training log; sums cross to the host here only.
-
-        Raises ValueError, after the log, where a loss or gradient norm is not finite (see `on_nan`).
-        """
-        if "train_loss" in logs and self._sums is not None and self.args.logging_strategy != "no":
-            self.log({"loss": 0.0})  # log the steps since the last log: a callback has stopped the run
-        training = "loss" in logs
-        if training and self._sums is not None:
-            sums = self.accelerator.reduce(self._sums) if self.accelerator.num_processes > 1 else self._sums
-            if sums[metrics.COLUMNS.index("pairs")] > 0:
-                logs.update(self._name(metrics.means(sums)))
-                self._aux_loss = logs.get("aux_loss")
-            else:
-                del logs["loss"]  # every pair was left out (on_nan="skip")
-            self._sums = None
-            self._count_tokens()
-            logs["num_tokens"] = self.state.num_input_tokens_seen
-            logs.update(self.throughput.report(self.setup.flops, self.accelerator))
-        if "train_loss" in logs and self._aux_loss is not None:
-            logs["aux_loss"] = self._aux_loss
-        super().log(logs, start_time)
-        if training:
-            self.check_finite(logs)
-
-    def _count_tokens(self) -> None:
-        self.state.num_input_tokens_seen += self.throughput.take_tokens()
 
     def floating_point_ops(self, inputs) -> float:
         """Operations of a micro-batch, forward and backward, for the trainer's `total_flos`."""
