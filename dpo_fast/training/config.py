@@ -24,7 +24,7 @@ from ..losses import LossOptions, check_label_smoothing
 from ..ops import WORKSPACE_BYTES
 from .handed_on import check_schedule
 from .unused import sentence, set_back, unused_options
-from .value_checks import check_evaluation, check_numbers, check_on_nan
+from .value_checks import check_evaluation, check_numbers, check_on_nan, check_reference, check_tokens_per_step
 
 LABEL_NOISE = ("smoothing", "weight", "ignore")
 
@@ -300,31 +300,10 @@ class DPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.workspace_bytes < 0:
             raise ValueError(f"workspace_bytes must be at least 0, got {self.workspace_bytes}")
-        self._check_reference_options()
+        check_reference(self)
         if self.max_tokens_per_batch is not None and LossOptions.of(self).over_batch:
             raise ValueError(
                 f"max_tokens_per_batch cannot split a batch under loss_type {self.loss_type}: it compares all pairs of "
                 "the batch; lower per_device_train_batch_size instead"
             )
-
-        if self.tokens_per_step is not None:
-            self._check_tokens_per_step()
-
-    def _check_tokens_per_step(self) -> None:
-        if self.per_device_train_batch_size != self.defaults()["per_device_train_batch_size"]:
-            raise ValueError("tokens_per_step and per_device_train_batch_size exclude each other: leave one out")
-        if LossOptions.of(self).over_batch:
-            raise ValueError(
-                f"tokens_per_step puts other pairs together, and loss_type {self.loss_type} compares all pairs of a batch: "
-                "set per_device_train_batch_size instead"
-            )
-        if self.deepspeed:
-            raise ValueError("tokens_per_step gives batches of unequal size, which DeepSpeed's engine counts itself")
-
-    def _check_reference_options(self) -> None:
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError("sync_ref_model moves the reference, so precompute_ref_log_probs would be stale: drop one")
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(f"ref_model_mixup_alpha must lie in (0, 1], got {self.ref_model_mixup_alpha}")
-        if self.ref_model_sync_steps < 1:
-            raise ValueError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
+        check_tokens_per_step(self)

@@ -2,6 +2,7 @@
 
 import math
 
+from ..losses import LossOptions
 from .metrics import COLUMNS
 
 # The metrics of an evaluation: columns of the metrics' table, the tokens so far, and transformers' own rates.
@@ -81,6 +82,31 @@ def check_on_nan(args) -> None:
         raise ValueError("on_nan=skip has no effect with fp16, whose loss scaling leaves such steps out: drop it")
     if args.on_nan == "skip" and args.deepspeed:
         raise ValueError("on_nan=skip does not work with DeepSpeed, whose engine steps by itself: drop it")
+
+
+def check_tokens_per_step(args) -> None:
+    """Raise ValueError for what needs batches of a number of pairs, not of a number of tokens."""
+    if args.tokens_per_step is None:
+        return
+    if args.per_device_train_batch_size != args.defaults()["per_device_train_batch_size"]:
+        raise ValueError("tokens_per_step and per_device_train_batch_size exclude each other: leave one out")
+    if LossOptions.of(args).over_batch:
+        raise ValueError(
+            f"tokens_per_step puts other pairs together, and loss_type {args.loss_type} compares all pairs of a batch: "
+            "set per_device_train_batch_size instead"
+        )
+    if args.deepspeed:
+        raise ValueError("tokens_per_step gives batches of unequal size, which DeepSpeed's engine counts itself")
+
+
+def check_reference(args) -> None:
+    """Raise ValueError for options of the reference that exclude each other or are out of range."""
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise ValueError("sync_ref_model moves the reference, so precompute_ref_log_probs would be stale: drop one")
+    if not 0 < args.ref_model_mixup_alpha <= 1:
+        raise ValueError(f"ref_model_mixup_alpha must lie in (0, 1], got {args.ref_model_mixup_alpha}")
+    if args.ref_model_sync_steps < 1:
+        raise ValueError(f"ref_model_sync_steps must be at least 1, got {args.ref_model_sync_steps}")
 
 
 def _number(name: str, text: str) -> float:
