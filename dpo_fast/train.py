@@ -266,7 +266,7 @@ def leave(status: int) -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if "gloo" in torch.distributed.get_backend():
-            atexit._run_exitfuncs()
+            atexit._run_exitfuncs()  # trackers send what they hold here; os._exit would leave it out
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

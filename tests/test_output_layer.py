@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_options import TRANSFORMS
 from op_tools import poison, small_tiles  # noqa: F401 - poison is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,13 +15,6 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 NAMES = ("hidden", "weight", "bias")
 ALL = eager.OUTPUTS
-TRANSFORMS = {
-    "plain": {},
-    "scale": {"logit_scale": 0.25},
-    "softcap": {"softcap": 3.0},
-    "temperature": {"temperature": 0.7},
-    "all": {"logit_scale": -1.5, "softcap": 2.5, "temperature": 1.9},
-}
 
 
 def data(n, d, v, bias=True, dtype=torch.float64, seed=0, scale=1.0):

@@ -14,7 +14,9 @@ from ..data.examples import Examples
 class TokenBatches:
     """A batch sampler: lists of indices into `examples` whose forest takes at most `budget` tokens.
 
-    seed: None keeps the order of the data, in every epoch. drop_last: leave out the batch that is filled last. Raises ValueError for a pair that is larger than the budget.
+    seed: None keeps the order of the data, in every epoch. drop_last: leave out the batch that is filled last.
+
+    Raises ValueError for a pair that is larger than the budget.
     """
 
     batch_size = None  # accelerate's name for batches of unequal sizes
