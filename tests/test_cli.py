@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -212,9 +212,7 @@ def test_without_arguments_the_demo_runs(monkeypatch):
 
 def start(argv, module=("dpo_fast.train",)):
     """The command line in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *module, *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return forked.run(*module, *argv)
 
 
 def assert_clean(done):

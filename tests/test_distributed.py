@@ -1,17 +1,15 @@
-"""Two gloo processes under torchrun give the losses, metrics and weights of one process with the same global batch."""
+"""Two gloo processes give the losses, metrics and weights of one process with the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+import forked
 import tiny
-from test_resume import ROOT, history, options
+from test_resume import TRAINING, history, options
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 RUNS = {
@@ -58,10 +56,10 @@ def spec(folder, name: str, processes: int, train=None, **changes) -> str:
 
 def start(processes: int, *specs: str) -> None:
     """The runs of `specs` one after the other, in as many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "tests/run_training.py"), *specs]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    if processes > 1:
+        forked.run_ranks(processes, TRAINING, *specs, timeout=400)
+        return
+    done = forked.run(TRAINING, *specs, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -24,16 +23,10 @@ SHORT = (
 
 
 def run(name, *arguments, cwd):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=_environment())
+    environment = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    done = forked.run(EXAMPLES / name, *arguments, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def _environment():
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+import forked
 import tiny
-from test_resume import ROOT, same_weights
+from test_resume import ROOT, TRAINING, same_weights
 from test_resume import options as process_options
 from test_resume import run as process
 from test_resume_agrees import options, trainer
@@ -448,22 +449,19 @@ def test_sigterm_to_a_launched_run(tmp_path, processes):
         run["ddp_backend"] = "gloo"
     spec = {"model": str(tmp_path / "model"), "train": tiny.pairs(16), "out": str(tmp_path / "out"), "options": run}
     (tmp_path / "spec").write_text(json.dumps(spec))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "tests/run_training.py"), str(tmp_path / "spec")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+    process = forked.Forked(*launcher, TRAINING, tmp_path / "spec")
+    log = lambda: process.out.read_text() + process.err.read_text() if process.err.exists() else ""  # noqa: E731
     try:
         deadline = time.monotonic() + 240
-        while "step 3/" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+        while "step 3/" not in log() and time.monotonic() < deadline:
+            assert process.poll() is None, log()[-2000:]
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        status = process.wait(timeout=100)
+        status = process.wait(timeout=100).returncode
     finally:
-        process.kill()
-    text = (tmp_path / "log").read_text()
-    assert "stopped by SIGTERM at step" in text, text[-2000:]
+        process.send_signal(signal.SIGKILL)
+    assert "stopped by SIGTERM at step" in log(), log()[-2000:]
     assert status == 143 if processes == 1 else status != 0
     (saved,) = checkpoint.complete_checkpoints(tmp_path / "run")
     checkpoint.check_contents(saved)

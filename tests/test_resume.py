@@ -1,10 +1,8 @@
 """Resume equals an uninterrupted run, whatever moment a kill came; small updates of low-precision weights are kept."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +10,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+import forked
 import tiny
 
 from dpo_fast import DPOConfig, DPOTrainer
 from dpo_fast.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
+TRAINING = ROOT / "tests/run_training.py"
 
 
 def options(folder: Path, **changes) -> dict:
@@ -34,9 +34,7 @@ def run(folder: Path, name: str, *, check=True, **spec) -> subprocess.CompletedP
     spec = {"model": str(folder / "model"), "train": tiny.pairs(16), "out": str(folder / name), **spec}
     path = folder / f"{name}.spec"
     path.write_text(json.dumps(spec))
-    command = [sys.executable, str(ROOT / "tests/run_training.py"), str(path)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = forked.run(TRAINING, path)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
