@@ -7,6 +7,7 @@ under pytest 9.2.)
 `pytest --benchmark` runs the suites in bench/ instead of the tests; without it none of them is collected.
 """
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def pytest_configure(config):
         config.args = [str(BENCH)]
     # Reasons of skipped rows are part of the comparison.
     config.option.reportchars += "s"
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collections that accelerate asks for need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

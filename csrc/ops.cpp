@@ -7,8 +7,13 @@
 // float32; statistics are [4, N] in the order of eager.OUTPUTS, or [0, N]. `out` may be `logits`. `blocks_per_sm` is
 // used on CUDA only and changes no number.
 
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
 #include <torch/version.h>
+
+#include <string>
+#include <vector>
 
 #include "cpu/rows.h"
 #include "losses.h"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-IMPORTED = ["dpo_fast.train", "dpo_fast.training.trainer", "transformers.models.llama", "peft", "datasets", "tiny"]
+IMPORTED = ["dpo_fast.train", "dpo_fast.training.trainer", "transformers.models.llama", "peft", "datasets", "tiny", "frozen"]
 
 
 def _context():

@@ -1,9 +1,10 @@
 """Run by test_loop_kills.py: kills a loop at many moments, goes on, and says what differs from a loop that was not killed.
 
-Each run is a fork of this process, which has imported everything and computed nothing.
+Each run is a fork of this process, which has imported everything and trained nothing.
 """
 
 import contextlib
+import gc
 import hashlib
 import os
 import shutil
@@ -12,8 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import crowdkit.aggregation  # noqa: F401 the loop imports it when it needs it: once here, not in each fork
 import torch
 from loop_tools import make_folder, settings
+from transformers import AutoModelForCausalLM
 
 from dpo_fast.loop import candidates, report, round_training, rounds, store
 from dpo_fast.loop.rounds import run_loop
@@ -94,7 +97,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         whole, kept = place / "whole", place / "kept"
-        forked(lambda: make_folder(place))
+        make_folder(place)
+        AutoModelForCausalLM.from_pretrained(place / "model")  # transformers keeps its table of conversions from now on
+        gc.freeze()  # what is there stays: the collections of every run need not go through it
         assert forked(lambda: run_loop(settings(place, whole, rounds=1, **OPTIONS))) == 0
         shutil.copytree(whole, kept, symlinks=True)
         first = state(whole)
