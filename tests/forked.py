@@ -21,7 +21,15 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-IMPORTED = ["dpo_fast.train", "dpo_fast.training.trainer", "transformers.models.llama", "peft", "datasets", "tiny", "frozen"]
+IMPORTED = [
+    "dpo_fast.train",
+    "dpo_fast.training.trainer",
+    "transformers.models.llama",
+    "peft",
+    "datasets",
+    "tiny",
+    "frozen",
+]
 
 
 def _context():

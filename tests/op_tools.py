@@ -12,7 +12,8 @@ from dpo_fast.losses import LossOptions
 
 HALF = [torch.bfloat16, torch.float16]
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
     # Triton's interpreter rounds to bfloat16 toward zero, a GPU to nearest: a stored number lacks up to 2**-7 of itself.
     FLOORS[torch.bfloat16] += 2**-7
 
