@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast.forest import packing
 from dpo_fast.forest.batch import ForestCollator, Part
-from dpo_fast.forest.packing import MIN_SHARED_ACROSS_PROMPTS, SHARE_MODES, PrefixForest
+from dpo_fast.forest.packing import SHARE_MODES, PrefixForest
+from dpo_fast.forest.trie import MIN_SHARED_ACROSS_PROMPTS
 
 LONG = list(range(100, 100 + MIN_SHARED_ACROSS_PROMPTS))
 SHORT = LONG[:-1]
