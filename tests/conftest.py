@@ -1,4 +1,5 @@
-"""Fixtures of several test files, and the profile with which hypothesis looks for longer than CI does (test_fuzz.py)."""
+"""Fixtures of several test files, the helpers whose asserts show values, and a profile with which hypothesis looks for
+longer than CI does (test_fuzz.py)."""
 
 import atexit
 import os
@@ -14,6 +15,9 @@ from op_tools import backend, missing, recorded, table  # noqa: F401
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dpo_fast_datasets_")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+# pytest does this for test files by itself; it must come before these modules are imported.
+pytest.register_assert_rewrite("forest_tools", "model_tools")
 
 settings.register_profile(
     "long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
