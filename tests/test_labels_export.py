@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_labels_store import candidates
+from label_tools import candidates
 
 pytest.importorskip("crowdkit", reason="agreement and reliability need the extra [loop]")
 
