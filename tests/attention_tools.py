@@ -4,7 +4,7 @@ import torch
 
 from dpo_fast.forest.packing import PrefixForest
 
-SYSTEM = list(range(50, 90))  # a system prompt that all prompts begin with
+SYSTEM = list(range(50, 90))  # a system prompt
 
 
 def ancestors(forest):

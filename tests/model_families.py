@@ -64,7 +64,7 @@ SHARED = {
     "phimoe": {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
     "starcoder2": {**WINDOW, "residual_dropout": 0.0, "embedding_dropout": 0.0},
 }
-# What a family is padded for, as its plan says it.
+# These are padded, for the reason that their plan gives.
 PADDED = {
     "llama4_text": ({"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 24}, "chunk"),
     "qwen3_next": (
@@ -108,7 +108,7 @@ PADDED = {
 }
 TYPES = {"dynamic rope": "llama", "longrope": "phi3"}
 BARE = ("gpt2", "mamba", "bloom")
-# Of these, other implementations than eager are no truth in transformers 5.17: its sdpa drops the soft-cap, doge's mask too.
+# Only eager attention is a truth for these in transformers 5.17, whose sdpa drops gemma2's soft-cap and doge's mask.
 EAGER = ("gemma2", "doge")
 
 

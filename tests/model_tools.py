@@ -9,7 +9,7 @@ from dpo_fast.losses import preference_loss
 
 A, B = [5, 17, 33, 8, 40, 21, 7, 50, 12], [44, 3, 29]
 LONG = [*range(20, 37)]
-# Three pairs and two more, with a shared beginning of responses, a one-token completion, equal ones, and two prompts
+# Five pairs, among them responses with a common beginning, a one-token completion, two equal responses, and two prompts
 # with a long common beginning.
 PAIRS = [
     (A, [5, 6, 7, 8, 9, 10], [5, 6, 20, 21, 3]),

@@ -47,7 +47,7 @@ def possible_plans(forest):
     return from_segment(0)
 
 
-# Completions of few kinds of pieces: deep trees with segments of several sizes.
+# Completions are made of a few kinds of pieces, so that trees are deep and their segments of several sizes.
 piece = st.sampled_from([[1], [2, 2, 2], [0] * 6])
 pieces = st.lists(piece, min_size=1, max_size=5).map(lambda parts: list(itertools.chain(*parts)))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_tools import F_LOSSES, LOSS_NAMES, REFERENCE_FREE, batch, grads, options, sigmoid
 
-# Losses at (dw, dl) = (-M, M) and (M, -M) with beta 0.1, lengths 10, reference -2M
+# The losses at log-ratios (-M, M) and (M, -M) of chosen and rejected, with beta 0.1, lengths 10 and a reference of -2M.
 EXTREMES = {
     "sigmoid": lambda M: (0.2 * M, 0),
     "sigmoid_norm": lambda M: (0.02 * M, 0),
@@ -59,7 +59,7 @@ def test_divergences_never_give_nan(name, f, dtype):
     out, grad = grads(data, **options(name), f_divergence_type=f)
     assert not out.losses.isnan().any()
     assert not grad.isnan().any()
-    # the square of exp(60) and more lies outside float32
+    # The square of exp(60) lies outside float32.
     if name != "ipo" or dtype == torch.float64:
         assert out.losses.isfinite().all()
         assert grad.isfinite().all()

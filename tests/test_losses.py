@@ -19,7 +19,7 @@ def trl():
     data = json.loads(FIXTURE.read_text())
     inputs = {k: torch.tensor(v, dtype=torch.float64 if "log" in k else None) for k, v in data["inputs"].items()}
     mask = inputs["completion_mask"][:, 1:].bool()
-    # completion tokens first: a stable sort on "is no completion token"
+    # Completion tokens come first: a stable sort on "is no completion token".
     order = torch.sort((~mask).int(), dim=1, stable=True).indices
     return inputs | {"cases": data["cases"], "mask": mask, "order": order}
 
@@ -65,12 +65,12 @@ def test_matches_trl(trl, case):
         *logps, *refs, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, pair_weights=weights, **args
     )
 
-    # TRL works in float32 for alpha_divergence and takes log(e) in float32 for exo_pair
+    # TRL works in float32 for alpha_divergence and takes log(e) in float32 for exo_pair.
     rtol = 2e-6 if f == "alpha_divergence" else 1e-7 if case.startswith("exo") else 1e-12
     torch.testing.assert_close(out.loss.item(), want["loss"], rtol=rtol, atol=0)
     torch.testing.assert_close(out.losses.mean(), out.loss)
     grad = torch.autograd.grad(out.loss, tokens)[0]
-    # TRL's gradient is defined at prompt positions too
+    # TRL's gradient is defined at prompt positions too.
     want_grad = torch.tensor(want["grad"], dtype=torch.float64) * trl["mask"]
     torch.testing.assert_close(grad, want_grad, rtol=rtol, atol=rtol * want_grad.abs().max().item())
     metrics = {"logps/chosen": out.chosen_logps.mean(), "logps/rejected": out.rejected_logps.mean()}

@@ -14,7 +14,7 @@ from dpo_fast.cli import options
 from dpo_fast.cli.parse import parse
 from dpo_fast.training import config, unused
 
-# A value that each option of REFUSED does not take.
+# For each option of REFUSED a value that it does not take.
 OTHER = {
     "dataset_streaming": True, "streaming": True, "lora_task_type": "SEQ_CLS", "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
     "average_tokens_across_devices": False, "parallelism_config": "x",
@@ -36,7 +36,7 @@ def test_refused_options_are_named_together():
         parsed(streaming=True, lora_task_type="SEQ_CLS", use_peft=True)
 
 
-# A value that each option of UNUSED is not used with.
+# For each option of UNUSED a value that is not its default.
 NOT_USED = {
     "pad_token": "x", "pad_to_multiple_of": 8, "length_column_name": "n",
     "remove_unused_columns": True, "label_names": ["x"], "auto_find_batch_size": True, "activation_offloading": True,

@@ -116,7 +116,7 @@ def test_a_damaged_record_misses_and_the_others_stay(tmp_path):
         assert repaired.lookup(examples)[1] == [1], at
         repaired.put_many(examples, values)
         assert (RefCache(tmp_path, **KEY).lookup(examples)[0] == values).all()
-    # space that a file system allocated but never filled
+    # A file system may have allocated space and never filled it.
     cache.path.write_bytes(whole + bytes(72))
     assert len(RefCache(tmp_path, **KEY)) == 4
 

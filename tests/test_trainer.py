@@ -194,7 +194,7 @@ def test_same_run_as_trl(tmp_path):
 
 
 def _as_text(datasets, rows):
-    """Rows as text of which TRL's tokenisation gives exactly the same ids (words are tokens; EOS is appended)."""
+    """Rows as text that TRL's tokenisation turns into exactly the same ids (words are tokens; EOS is appended)."""
     for row in rows:
         row["chosen_ids"].append(2)
         row["rejected_ids"].append(2)

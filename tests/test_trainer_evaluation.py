@@ -31,7 +31,7 @@ def test_evaluation_is_a_true_mean_and_counts_every_pair_once(tmp_path):
 
 
 def test_rows_given_to_evaluate_after_training_are_compared_with_the_start(tmp_path):
-    """Of a model with a name the start weights are loaded again, also by a resumed run that has no step left."""
+    """The start weights of a model with a name are loaded again, also by a resumed run that has no step left."""
     rows, start, folder = tiny.pairs(3, seed=5), tiny.llama(attention_dropout=0.1), str(tmp_path / "model")
     start.save_pretrained(folder)
     options = {"model_init_kwargs": {"dtype": "float64"}, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
