@@ -22,6 +22,7 @@ ONE_WORKER = {
     "test_distributed.py": "distributed",
     "test_generate_files.py": "generate",
     "test_kernels_path.py": "kernels",
+    "test_loop.py": "loop",
     "test_quantised.py": "engines",
     "test_sanitizers.py": "sanitizers",
     "test_sharded.py": "distributed",

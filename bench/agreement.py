@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import dpo_fast
+from bench.ops import BETA, OPS, Batch, make_batch
 from bench.results import Results
-from bench.systems import BETA, FLOORS, OPS, Batch, make_batch, plain_linear_token_logps, plain_loss, plain_token_logps
+from bench.systems import FLOORS, plain_linear_token_logps, plain_loss, plain_token_logps
 from dpo_fast.backends import BACKENDS, resolve
 
 BLOCK = 512  # rows in float64 at a time

@@ -51,7 +51,7 @@ GROUPS = (
         "tests/test_cuda_attention.py::test_flash_on_a_forest[shape2-4-dtype0]",
         "tests/test_cuda_attention.py::test_flash_gives_the_same_bits_twice_where_torch_is_told_so",
         "tests/test_cuda_attention.py::test_flex_on_a_gpu_has_gradients[False-None]",
-        "tests/test_packing.py::test_pin_memory",
+        "tests/test_parts.py::test_pin_memory",
     ),
 )
 SMOKE = tuple(test for group in GROUPS for test in group)

@@ -13,7 +13,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from dpo_fast.forest.packing import common_prefix_length
+from dpo_fast.forest.trie import common_prefix_length
 
 FILE = Path(__file__).parent / "lengths.json"
 COLUMNS = ("pairs", "prompt", "chosen", "rejected", "shared")

@@ -13,8 +13,9 @@ import torch
 
 from bench.clock import differs
 from bench.common import free, reason
+from bench.ops import OPS, make_batch
 from bench.results import Results
-from bench.systems import OPS, SYSTEMS, Check, inputs_of, load, make_batch, offers, run
+from bench.systems import SYSTEMS, Check, inputs_of, load, offers, run
 
 SMALL = {"pairs": 2, "t": 32, "d": 128, "v": 1003}
 T = 1024  # rows per sequence

@@ -12,8 +12,8 @@ from bench.agreement import agreement
 from bench.ceilings import ceilings, product_rates
 from bench.chunks import SIZES, sweep
 from bench.measure import OURS, PEERS, Bench
+from bench.ops import OPS
 from bench.results import Results
-from bench.systems import OPS
 
 
 @dataclasses.dataclass(frozen=True)

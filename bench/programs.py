@@ -11,8 +11,8 @@ import torch
 
 from bench.common import free
 from bench.measure import work
+from bench.ops import BETA, OPS, make_batch
 from bench.results import Results
-from bench.systems import BETA, OPS, make_batch
 from dpo_fast.backends import resolve
 
 # back end -> the launcher's argument; kernel -> its choices, the default first.

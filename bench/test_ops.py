@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from bench.systems import OPS, SYSTEMS, Check, inputs_of, load, make_batch, offers, run
+from bench.ops import OPS, make_batch
+from bench.systems import SYSTEMS, Check, inputs_of, load, offers, run
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 

@@ -32,9 +32,10 @@ IMPORTED = [
 ]
 
 
-def _context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+def context():
+    """`multiprocessing`'s context whose processes are forks of the one that has imported everything."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(IMPORTED)
     before = dict(os.environ)
     os.environ.update(PYTHONPATH=f"{ROOT}{os.pathsep}{TESTS}", OMP_NUM_THREADS="1")
     try:
@@ -42,7 +43,7 @@ def _context():
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return context
+    return found
 
 
 def _run(program: str, arguments: list[str], environment: dict, cwd: str, out: str, err: str) -> None:
@@ -70,7 +71,7 @@ class Forked:
         self.args = [str(program), *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
         places = (str(cwd), str(self.out), str(self.err))
-        self._process = _context().Process(target=_run, args=(self.args[0], self.args[1:], environment, *places))
+        self._process = context().Process(target=_run, args=(self.args[0], self.args[1:], environment, *places))
         self._process.start()
         self.pid = self._process.pid
 

@@ -3,6 +3,21 @@
 import math
 
 import torch
+from op_inputs import (
+    ALL_IGNORED,
+    HEAD,
+    LAYOUTS,
+    far,
+    first_block,
+    masked_bias,
+    masked_target,
+    mostly,
+    other_index,
+    peaked,
+    repeated,
+    spread,
+    top_and_tail,
+)
 from op_options import (
     BATCHES,
     BF16,
@@ -20,25 +35,7 @@ from op_options import (
     Op,
     merged,
 )
-from op_samples import (
-    ALL_IGNORED,
-    HEAD,
-    LAYOUTS,
-    LENGTHS,
-    SHORT,
-    SIDES,
-    Row,
-    far,
-    first_block,
-    masked_bias,
-    masked_target,
-    mostly,
-    other_index,
-    peaked,
-    repeated,
-    spread,
-    top_and_tail,
-)
+from op_samples import LENGTHS, SHORT, SIDES, Row
 
 import dpo_fast
 from dpo_fast import reference

@@ -1,5 +1,6 @@
 """Rows of the table of ops (op_table.py): the losses of logits, of hidden states, and of log-probs."""
 
+from op_inputs import ALL_IGNORED, HEAD, LAYOUTS, apart, ignore, masked, other_index, peaked
 from op_options import (
     BATCHES,
     BF16,
@@ -17,7 +18,7 @@ from op_options import (
     Op,
     merged,
 )
-from op_samples import ALL_IGNORED, HEAD, LAYOUTS, LENGTHS, SIDES, Row, apart, ignore, masked, other_index, peaked
+from op_samples import LENGTHS, SIDES, Row
 
 import dpo_fast
 from dpo_fast import reference

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the page needs the extra [loop]")
 
-from test_labels_store import candidates
+from label_tools import candidates
 
 from dpo_fast.annotate import main
 from dpo_fast.loop.server import PageOptions, PageServer, is_loopback, mark_differences

@@ -208,6 +208,7 @@ def test_every_part_belongs_to_a_stage():
     assert [name for stage in parts.STAGES for name in parts.names(stage)] == list(parts.PARTS) == parts.names(None)
 
 
+@pytest.mark.slow
 def test_the_chosen_tests_exist():
     """On a GPU a test of a back end is called "csrc on cuda"; a CPU has the same test of plain torch."""
     files = sorted({test.split("::")[0] for test in checks.SMOKE})

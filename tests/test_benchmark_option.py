@@ -44,6 +44,7 @@ def collected():
     return {key: out for key, (_, out) in zip(ASKED, answers, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"], ids=["root", "tests"])
 def test_benchmark_collects_the_suites(folder, collected):
     pytest.importorskip("pytest_benchmark")
@@ -70,11 +71,13 @@ def test_rounds_and_the_word_on_ratios(tmp_path):
     assert "python -m bench.cpu" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["bench", "bench/test_ops.py"])
 def test_no_suite_without_the_option(path, collected):
     assert "test_op[" not in collected[(path,), ROOT]
 
 
+@pytest.mark.slow
 def test_plain_pytest_collects_tests_only(collected):
     ids = [line.split("::")[0] for line in collected[PLAIN, ROOT].splitlines() if "::" in line]
     assert ids

@@ -90,7 +90,7 @@ def loss_and_gradient(function, length, leaf, options):
     return loss, *torch.autograd.grad(loss, x[leaf])
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "case"), [(name, case) for name, (*_, cases) in OPS.items() for case in ("defaults", *cases)]
 )

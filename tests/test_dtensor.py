@@ -2,6 +2,7 @@
 
 import os
 
+import forked
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -86,4 +87,5 @@ def work(rank, store):
 
 
 def test_a_head_that_is_a_dtensor(tmp_path):
-    mp.spawn(work, (str(tmp_path / "store"),), nprocs=2)
+    forked.context()
+    mp.start_processes(work, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver")

@@ -96,6 +96,7 @@ def test_linear_token_logps(backend, case):
     compare(ours, plain, exact, case["dtype"], {"logps": EPS + error, **known})
 
 
+@pytest.mark.slow
 @given(case=cases(**HEAD, **LOSS))
 @fuzz(150)
 def test_linear_dpo_loss(backend, case):

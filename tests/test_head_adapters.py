@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+from model_families import build
+from model_tools import agree, forest_paths, own_paths, paths_and_gradients, with_lora
 from peft import IA3Config, LoraConfig, get_peft_model
-from test_model import agree, build, forest_paths, in_float64, own_paths, paths_and_gradients, with_lora  # noqa: F401
 
 from dpo_fast.forest.model import prepare_model
 
@@ -20,7 +21,7 @@ HEADS = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("options", HEADS)
-def test_log_probs_and_gradients(options, tied, in_float64):  # noqa: F811
+def test_log_probs_and_gradients(options, tied, in_float64):
     model = with_lora(build("llama", tie_word_embeddings=tied), **HEADS[options])
     own = paths_and_gradients(model, own_paths(model))
     with model.disable_adapter(), torch.no_grad():
@@ -34,14 +35,14 @@ def test_log_probs_and_gradients(options, tied, in_float64):  # noqa: F811
         torch.testing.assert_close(forest_paths(model, "prefix"), base, rtol=1e-9, atol=1e-9)
 
 
-def test_a_head_with_a_bias(in_float64):  # noqa: F811
+def test_a_head_with_a_bias(in_float64):
     model = with_lora(build("phi"), target_modules=["q_proj", "lm_head"])
     own = paths_and_gradients(model, own_paths(model))
     prepare_model(model)
     agree(paths_and_gradients(model, forest_paths(model, "prefix")), own)
 
 
-def test_merged_adapters_and_several(in_float64):  # noqa: F811
+def test_merged_adapters_and_several(in_float64):
     model = with_lora(build("llama"), target_modules=["lm_head"])
     model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
     model.double()

@@ -48,9 +48,8 @@ def version(module):
 @pytest.mark.skipif(
     version(triton) < (3, 7) and version(numpy) >= (2, 4), reason="triton 3.6 interprets with numpy < 2.4 only"
 )
-@pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=pytest.mark.slow if "rows" in part else ()) for part in INTERPRETED_PARTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", INTERPRETED_PARTS)
 def test_in_the_interpreter(part):
     file, chosen = INTERPRETED_PARTS[part]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-k", chosen]

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 import tiny
-from test_trainer import LR, config, train, weights
+from trainer_tools import LR, config, train, weights
 
 from dpo_fast import DPOTrainer
 

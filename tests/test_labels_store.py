@@ -10,23 +10,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from label_tools import candidates
 
 from dpo_fast.loop import store as store_module
 from dpo_fast.loop.items import fingerprint, in_rounds, make_items, read_candidates
 from dpo_fast.loop.store import LabelStore
-
-
-def candidates(path, prompts=4, completions=2, **changes):
-    """A candidates file of `prompts` lines."""
-    rows = [
-        {
-            "id": f"p{i}", "prompt": f"question {i}", "split": "train", "round": 0, "model": "m",
-            "completions": [{"text": f"answer {i} {j}", "tokens": 3, "logp": -1.0} for j in range(completions)],
-        } | changes
-        for i in range(prompts)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 import tiny
 from test_protocol import LSTM
-from test_trainer import config, weights
+from trainer_tools import config, weights
 
 from dpo_fast import DPOTrainer, ops
 from dpo_fast.forest import batch as collate

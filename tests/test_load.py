@@ -163,7 +163,7 @@ def test_large_numbers_are_numbers(args):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rows_longer_than_the_positions_are_refused_before_any_work(args, family):
-    from test_model import build
+    from model_families import build
 
     model = build(family, torch.float32)
     row = {"prompt_ids": [5] * 40, "chosen_ids": [6] * 24, "rejected_ids": [7] * 3}
@@ -174,7 +174,7 @@ def test_rows_longer_than_the_positions_are_refused_before_any_work(args, family
 
 
 def test_scaled_positions_have_no_such_end(args):
-    from test_model import build
+    from model_families import build
 
     row = {"prompt_ids": [5] * 70, "chosen_ids": [6], "rejected_ids": [7] * 3}
     for family in ("dynamic rope", "bloom"):

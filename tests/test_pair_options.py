@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from op_tools import pairs
 
 from dpo_fast import dpo_loss, linear_dpo_loss, linear_sequence_logps, preference_loss, reference
-from dpo_fast.ops import head, sequence_logps
+from dpo_fast.ops import scored, sequence_logps
 
 LENGTHS = [(2, 5), (0, 3), (1, 6), (3, 1), (2, 2), (4, 4), (0, 7), (1, 2)]
 V, D, B = 13, 6, 4
@@ -36,7 +36,7 @@ def scored_logps(logits, targets, cu, **transform):
 @pytest.mark.parametrize("average", [False, True])
 def test_linear_sequence_logps(monkeypatch, average, trained, packed, drop):
     """Both ways of leaving ignored rows out: dropped (on a CPU) and masked (on a GPU); what they hold is not read."""
-    monkeypatch.setattr(head, "drops_rows", lambda x: drop)
+    monkeypatch.setattr(scored, "drops_rows", lambda x: drop)
     leaves, targets, cu = batch(packed)
     wide = {k: x.clone().requires_grad_() for k, x in leaves.items()}
     found = scored_logps(F.linear(*wide.values()), targets, cu)
@@ -59,7 +59,7 @@ def test_linear_sequence_logps(monkeypatch, average, trained, packed, drop):
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("trained", [False, True])
 def test_hidden_states_of_ignored_rows_are_not_read(monkeypatch, trained, drop):
-    monkeypatch.setattr(head, "drops_rows", lambda x: drop)
+    monkeypatch.setattr(scored, "drops_rows", lambda x: drop)
     leaves, targets, _ = batch(False)
     wide = {k: x.clone().requires_grad_() for k, x in leaves.items()}
     ref = {f"ref_{k}": x.detach() for k, x in wide.items()}

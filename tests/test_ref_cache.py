@@ -2,45 +2,15 @@
 
 import fcntl
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from cache_tools import KEY, make_examples, reference, run_python
 
-from dpo_fast.training import ref_cache
-from dpo_fast.training.ref_cache import RefCache, compute_missing, weights_fingerprint
-
-KEY = {"weights": "w0", "precision": "bf16", "version": "1"}
-ROOT = Path(ref_cache.__file__).parents[2]
-
-
-def make_examples(n, seed=0):
-    rng = np.random.default_rng(seed)
-    draw = lambda: rng.integers(0, 2**17, rng.integers(1, 30)).tolist()  # noqa: E731
-    return [{"prompt_ids": draw(), "chosen_ids": draw(), "rejected_ids": draw()} for _ in range(n)]
-
-
-def value_of(example):
-    """A stand-in for the reference: float32 numbers that depend on the example alone."""
-    prompt = sum(example["prompt_ids"])
-    return [-np.sqrt(prompt + sum(example[side])) / 7 for side in ("chosen_ids", "rejected_ids")]
-
-
-def reference(examples):
-    return torch.tensor([value_of(e) for e in examples], dtype=torch.float32)
-
-
-def run_python(code, *args):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], env=env)
+from dpo_fast.training.ref_cache import RefCache, compute_missing
 
 
 def test_round_trip_is_bit_exact(tmp_path):
@@ -114,105 +84,6 @@ def test_a_changed_key_misses_and_keeps_the_other_file(tmp_path, change):
     assert RefCache(tmp_path, **KEY, extra={}).get(examples[0]) is not None
 
 
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(7, 4, dtype=torch.bfloat16)
-        self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.norm = nn.LayerNorm(4)
-        self.register_buffer("scale", torch.tensor(2.0))
-        self.register_buffer("scratch", torch.zeros(3), persistent=False)
-
-
-def test_fingerprint_sees_every_bit_of_the_weights(monkeypatch):
-    base = weights_fingerprint(Tiny())
-    assert base == weights_fingerprint(Tiny())
-    assert len(base) == 32
-
-    def changed(change):
-        model = Tiny()
-        with torch.no_grad():
-            change(model)
-        return weights_fingerprint(model)
-
-    def flip_one_bit(model):
-        model.embed.weight.view(torch.int16)[3, 2] ^= 1
-
-    def transpose(model):
-        model.embed.weight.data = model.embed.weight.data.reshape(4, 7)
-
-    assert changed(lambda m: m.scratch.fill_(1)) == base
-    assert changed(lambda m: setattr(m.embed.weight, "data", m.embed.weight.data.t().contiguous().t())) == base
-    differing = [
-        changed(flip_one_bit),
-        changed(transpose),
-        changed(lambda m: m.scale.fill_(3)),
-        changed(lambda m: m.norm.double()),
-        changed(lambda m: m.norm.register_buffer("more", torch.zeros(()))),
-        changed(lambda m: m.norm.load_state_dict({"weight": m.norm.bias, "bias": m.norm.weight})),
-    ]
-    assert len({base, *differing}) == 1 + len(differing)
-
-    hashed = []
-    digest = ref_cache._bytes_digest
-    monkeypatch.setattr(ref_cache, "_bytes_digest", lambda t: hashed.append(tuple(t.shape)) or digest(t))
-    weights_fingerprint(Tiny())
-    assert sorted(hashed) == [(), (4,), (4,), (7, 4)], "the tied weight is hashed once"
-
-
-def test_fingerprint_refuses_state_that_is_no_tensor():
-    class Scaled(nn.LayerNorm):
-        def get_extra_state(self):
-            return {"amax": 1.0}
-
-    model = Tiny()
-    model.norm = Scaled(4)
-    with pytest.raises(ValueError, match=r"norm\._extra_state: dict is no tensor"):
-        weights_fingerprint(model)
-    left_out = weights_fingerprint(model, skip=lambda name: "extra" in name)
-    assert left_out == weights_fingerprint(model, skip=lambda name: "_extra_state" in name)
-    # A module without a config is also known by what it prints of itself: another kind of layer is another model.
-    assert left_out != weights_fingerprint(Tiny())
-    with pytest.raises(NotImplementedError, match="meta"):
-        weights_fingerprint(nn.Linear(2, 2, device="meta"))
-
-
-def tiny_llama(**changes):
-    transformers = pytest.importorskip("transformers")
-    config = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, **changes}))
-
-
-def test_fingerprint_of_a_model_survives_saving_but_not_a_config_change(tmp_path):
-    model = tiny_llama()
-    base = weights_fingerprint(model)
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
-    loaded.config.use_cache = False
-    assert weights_fingerprint(loaded) == base
-    loaded.config.rms_norm_eps = 1e-5
-    assert weights_fingerprint(loaded) != base
-    assert weights_fingerprint(tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 1e6})) != base
-
-
-def test_fingerprint_of_a_peft_model_without_its_adapter():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    skip = lambda name: "lora_" in name  # noqa: E731
-    model = peft.get_peft_model(tiny_llama(), config)
-    everything, base = weights_fingerprint(model), weights_fingerprint(model, skip=skip)
-    with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "lora_A" in name).add_(1)
-    assert weights_fingerprint(model) != everything
-    assert weights_fingerprint(model, skip=skip) == base
-    with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "q_proj.base_layer" in name).add_(1)
-    assert weights_fingerprint(model, skip=skip) != base
-
-
 def test_a_torn_tail_is_dropped_at_every_byte(tmp_path):
     examples = make_examples(4)
     values = reference(examples).double().numpy()
@@ -245,7 +116,7 @@ def test_a_damaged_record_misses_and_the_others_stay(tmp_path):
         assert repaired.lookup(examples)[1] == [1], at
         repaired.put_many(examples, values)
         assert (RefCache(tmp_path, **KEY).lookup(examples)[0] == values).all()
-    # space that a file system allocated but never filled
+    # A file system may have allocated space and never filled it.
     cache.path.write_bytes(whole + bytes(72))
     assert len(RefCache(tmp_path, **KEY)) == 4
 
@@ -330,7 +201,7 @@ def test_kill_in_the_middle_of_a_write_then_resume(tmp_path):
         """
         import os, signal, sys
         from dpo_fast.training import ref_cache
-        from test_ref_cache import KEY, make_examples, reference
+        from cache_tools import KEY, make_examples, reference
 
         fsync, calls = os.fsync, []
         def torn_fsync(fd):  # the fourth batch reaches the disk without its last 10 bytes
@@ -364,7 +235,7 @@ def test_concurrent_writers(tmp_path):
         import sys, time
         from pathlib import Path
         from dpo_fast.training.ref_cache import RefCache
-        from test_ref_cache import KEY, make_examples, reference
+        from cache_tools import KEY, make_examples, reference
 
         folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
         examples, cache = make_examples(600), RefCache(folder, **KEY)

@@ -95,6 +95,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bf16_compute_keeps_the_updates_of_a_small_learning_rate(tmp_path, dtype):
     """200 steps at 1e-6 move float32 weights; the same in bf16 follows them, whether weights or only compute is bf16."""

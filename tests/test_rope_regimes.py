@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-import test_model
-from test_model import agree, build, in_float64, objective, paths_and_gradients  # noqa: F401
+import model_tools
+from model_families import build
+from model_tools import agree, paths_and_gradients
 
 from dpo_fast.data.pairs import PairDataset
 from dpo_fast.forest.gate import RopeRegime, plan_model
@@ -39,12 +40,12 @@ def own(model, sequences):
 
 @pytest.mark.parametrize("keep_last", [False, True])
 @pytest.mark.parametrize("name", ["longrope", "dynamic rope"])
-def test_a_long_row_beside_short_ones(name, keep_last, in_float64, monkeypatch):  # noqa: F811
+def test_a_long_row_beside_short_ones(name, keep_last, in_float64, monkeypatch):
     model, data = build(name), rows()
     sequences = [(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids") for e in data]
     longest = max(len(c) for _, c in sequences)
     weights = torch.randn(len(sequences), longest, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(test_model, "coefficients", lambda: weights)
+    monkeypatch.setattr(model_tools, "coefficients", lambda: weights)
     truth = paths_and_gradients(model, own(model, sequences))
     plan = prepare_model(model)
     assert plan.path == "padded"
@@ -55,7 +56,7 @@ def test_a_long_row_beside_short_ones(name, keep_last, in_float64, monkeypatch):
         assert verify_sharing(model, plan, share[0], "none") < 1e-9
 
 
-def test_a_batch_without_regimes_is_found_by_the_check(in_float64, monkeypatch):  # noqa: F811
+def test_a_batch_without_regimes_is_found_by_the_check(in_float64, monkeypatch):
     model, data = build("longrope"), rows()
     plan = prepare_model(model)
     monkeypatch.setattr(RopeRegime, "of", lambda self, length: 0)

@@ -8,8 +8,8 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 from test_data_on_disk import fields, random_rows  # noqa: E402
-from test_tokenization import chat_row, letters, text_row  # noqa: E402
-from test_trainer import config, weights  # noqa: E402
+from tokenizer_tools import chat_row, letters, text_row  # noqa: E402
+from trainer_tools import config, weights  # noqa: E402
 
 from dpo_fast import DPOTrainer  # noqa: E402
 from dpo_fast.data.pairs import prepare  # noqa: E402

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 import itertools
 
 import tiny
-from test_trainer import config, weights
+from trainer_tools import config, weights
 
 from dpo_fast import DPOTrainer
 from dpo_fast.data.examples import Examples

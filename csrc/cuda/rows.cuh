@@ -1,6 +1,6 @@
 // The functions that the kernels share: one block works on one row of logits, x [V], wherever it lies in memory.
 //
-//   word       z = transform(x)
+//   word       z = transform(x) (words.cuh)
 //   thread     top = max z, total = sum exp(z - top); for the statistics sum exp(z - top) (z - top),
 //              sum exp(2 (z - top)), sum z; all are in registers and updated once per kUpdate words
 //   row        top and log_total = log sum exp(z - top), kept apart: `z - top - log_total` keeps digits that
@@ -16,94 +16,16 @@
 // 128256 words in bfloat16 has 250 KB, more than the 227 KB of shared memory of an SM.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cfloat>
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels.h"
-#include "ptx.cuh"
+#include "words.cuh"
 
 namespace dpo_fast::cuda {
 
-constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kLoads = 4;
 constexpr int kUpdate = 16;
-
-// ---- Words ----
-
-template <class T>
-constexpr int kVector = 16 / sizeof(T);
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (sizeof(T) == 4) {
-    return x;
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return __float2bfloat16_rn(x);
-  }
-}
-
-// 16 bytes of words.
-template <class T>
-struct alignas(16) Vector {
-  T words[kVector<T>];
-};
-
-// A target as an index into its row, and a term for its log-prob: 0, or NaN for a target outside [0, V).
-struct Target {
-  int64_t index;
-  float fault;
-};
-
-__device__ __forceinline__ Target checked(int64_t target, int V) {
-  return target >= 0 && target < V ? Target{target, 0.0f} : Target{0, __int_as_float(0x7fffffff)};
-}
-
-// ---- Transforms: z of a word, and d z / d x = factor() * slope ----
-
-struct Plain {
-  __device__ __forceinline__ float z(float x) const { return x; }
-  __device__ __forceinline__ float z(float x, float& slope) const {
-    slope = 1;
-    return x;
-  }
-  __device__ __forceinline__ float factor() const { return 1; }
-};
-
-// Products by __fmul_rn are not fused with a later subtraction, so a z is the same number wherever it is computed.
-struct Scaled {
-  float a;
-  __device__ __forceinline__ float z(float x) const { return __fmul_rn(x, a); }
-  __device__ __forceinline__ float z(float x, float& slope) const {
-    slope = 1;
-    return z(x);
-  }
-  __device__ __forceinline__ float factor() const { return a; }
-};
-
-// cap * tanh(a * x). With u = 1 / (exp(2 a x) + 1), tanh = 1 - 2 u and 1 - tanh^2 = 4 u (1 - u), exact at both infinities.
-struct Capped {
-  float a, cap;
-  __device__ __forceinline__ float z(float x) const {
-    float slope;
-    return z(x, slope);
-  }
-  __device__ __forceinline__ float z(float x, float& slope) const {
-    const float u = reciprocal(exp2_fast(x * (2 * kLog2e * a)) + 1);
-    slope = 4 * u * (1 - u);
-    return __fmul_rn(cap, 1 - 2 * u);
-  }
-  __device__ __forceinline__ float factor() const { return a * cap; }
-};
 
 // ---- Blocks ----
 

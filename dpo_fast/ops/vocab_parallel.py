@@ -17,7 +17,7 @@ from ..backends import resolve
 from ..backends.eager import chunks, rows_within, tile_rows, transform_logits, wide_dtype
 from ..losses import require
 from .arguments import check_targets, local
-from .head import in_place, scored_rows, whole_rows
+from .scored import in_place, scored_rows, whole_rows
 from .tiles import GradientSums, OutputLayer
 from .torch_library import once_differentiable
 
