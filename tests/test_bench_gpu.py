@@ -349,8 +349,8 @@ def test_a_time_out_keeps_the_rows(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(gpu, "CHILD", [sys.executable, "-u", "-c", code])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    why, system = gpu.call_part(rows.path, "rows", 20, [], dry=True)
-    assert (why, system) == ("timed out after 20 s", "")
+    why, system = gpu.call_part(rows.path, "rows", 12, [], dry=True)
+    assert (why, system) == ("timed out after 12 s", "")
     rows.add(op="after")
     assert [row["op"] for row in read(rows.path)] == ["before", "after"]
 

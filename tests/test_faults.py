@@ -285,7 +285,7 @@ def test_kills_in_the_reference_pass_and_in_the_rotation(tmp_path):
     assert (tmp_path / "killed_run/checkpoint-2/optimizer.pt").exists()
     assert [p.name for p in checkpoint.complete_checkpoints(tmp_path / "killed_run")] == ["checkpoint-4"]
     process(tmp_path, "killed", options=common, resume=True)
-    assert same_weights(tmp_path, "killed", "whole")
+    assert same_weights(tmp_path, "killed_out", "whole_out")
 
 
 # Signals.
@@ -420,24 +420,22 @@ def test_kill_9_while_the_rows_are_tokenised(tmp_path):
 def test_a_killed_rank_is_restarted_to_the_same_numbers(tmp_path):
     """torchrun --max-restarts: one of two ranks is killed at step 3, and both go on from the checkpoint of step 2."""
     tiny.llama().save_pretrained(tmp_path / "model")
-    results = {}
     for name, kill in (("whole", None), ("killed", 3)):
         run = options(tmp_path / name, ddp_backend="gloo", per_device_train_batch_size=1)
         spec = {
-            "model": str(tmp_path / "model"), "train": tiny.pairs(16), "out": str(tmp_path / f"{name}.json"),
-            "options": run, "resume": "last", "kill_rank_at": kill,
+            "model": str(tmp_path / "model"), "train": tiny.pairs(16), "out": str(tmp_path / f"{name}_out"), "options": run,
+            "resume": "last", "kill_rank_at": kill,
         }  # fmt: skip
         (tmp_path / f"{name}.spec").write_text(json.dumps(spec))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
-        command = [sys.executable, *launcher, str(ROOT / "tests/run_training.py"), str(tmp_path / f"{name}.spec")]
-        # torch 2.13 keeps its shared store over a restart: ranks may find the addresses of those that were killed.
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (tmp_path / f"{name}.json.killed").exists() == bool(kill)
-        results[name] = torch.load(tmp_path / f"{name}.json.pt", weights_only=True)
-    for key, value in results["whole"].items():
-        assert torch.equal(results["killed"][key], value), key
+    forked.run_ranks(2, TRAINING, tmp_path / "whole.spec")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    # torch 2.13 keeps its shared store over a restart: ranks may find the addresses of those that were killed.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = forked.run(*launcher, TRAINING, tmp_path / "killed.spec", env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "killed_out.killed").exists()
+    assert not (tmp_path / "whole_out.killed").exists()
+    assert same_weights(tmp_path, "killed_out", "whole_out")
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
