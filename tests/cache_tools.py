@@ -1,18 +1,13 @@
 """Examples for the cache of reference log-probs, numbers that stand for a reference's, and other processes that write."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import forked
 import numpy as np
 import torch
 
-from dpo_fast.training import ref_cache
-
 KEY = {"weights": "w0", "precision": "bf16", "version": "1"}
-ROOT = Path(ref_cache.__file__).parents[2]
 
 
 def make_examples(n, seed=0):
@@ -31,6 +26,8 @@ def reference(examples):
     return torch.tensor([value_of(e) for e in examples], dtype=torch.float32)
 
 
-def run_python(code, *args):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], env=env)
+def start_code(folder: Path, code: str, *args) -> forked.Forked:
+    """A process that runs `code`, which is kept in `folder`."""
+    path = folder / f"code{len(list(folder.glob('code*')))}.py"
+    path.write_text(textwrap.dedent(code))
+    return forked.Forked(path, folder, *args)

@@ -146,6 +146,7 @@ def test_steps(tmp_path):
         assert 0 < len(row["dearest"]) <= 15
 
 
+@pytest.mark.slow
 def test_trl_steps(tmp_path):
     pytest.importorskip("trl")
     found = run_part("trl", tmp_path)

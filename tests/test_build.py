@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")
 )
+pytestmark = pytest.mark.slow  # each is two seconds of imports
 WITHOUT_TORCH = "sys.modules['torch'] = None; "
 
 

@@ -7,6 +7,7 @@ hypothesis draws a bounded number of cases, the same ones each time, and shrinks
 Every case that failed once is an `@example`. The ops that hold the head are in test_fuzz_head.py; fuzz_tools.py is shared.
 """
 
+import pytest
 import torch
 from fuzz_tools import (
     EPS,
@@ -128,6 +129,7 @@ SIGMOID = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
     )
 )
 @fuzz(200)
+@pytest.mark.slow
 def test_dpo_loss(backend, case):
     case = {**case, "scale": 1.0, "softcap": None}
     between = 0 if case["inplace"] else case["between"]

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tiny import llama
@@ -70,17 +69,18 @@ def test_a_killed_run_goes_on_and_gives_the_same_set(folder, whole, tmp_path, li
 
 def test_kill_9_in_the_middle(folder, whole, tmp_path):
     path = tmp_path / "c.jsonl"
-    code = (
+    program = tmp_path / "slowly.py"
+    program.write_text(
         "import time, dpo_fast.loop.candidates as c\n"
         "add = c.CandidateFile.add\n"
         "c.CandidateFile.add = lambda *a: (add(*a), time.sleep(0.5))\n"
         "import dpo_fast.generate as g, sys\n"
         "sys.exit(g.main(sys.argv[1:]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, *options(folder, path)], cwd=ROOT)
+    process = forked.Forked(program, *options(folder, path))
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2):
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert 2 <= len(content(path)) < 12
     assert command.main(options(folder, path)) == 0

@@ -26,12 +26,13 @@ from dpo_fast.kernels import dpo, logps, rows  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TESTS = Path(__file__).resolve().parent
-# Name -> file, tests of it.
+# Name -> files, tests of them.
 INTERPRETED_PARTS = {
-    "launchers": ("test_kernels.py", "not interpreter"),
-    "rows of dpo_loss": ("test_op_table.py", "triton and dpo_loss"),
-    "rows of log-probs": ("test_op_table.py", "triton and not dpo_loss"),
-}
+    "rows of dpo_loss": (("test_op_table.py",), "triton and dpo_loss"),
+    "launchers and rows of log-probs": (
+        ("test_kernels.py", "test_op_table.py"), "(test_kernels and not interpreter) or (triton and not dpo_loss)",
+    ),
+}  # fmt: skip
 on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,10 +52,12 @@ def version(module):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", INTERPRETED_PARTS)
 def test_in_the_interpreter(part):
-    file, chosen = INTERPRETED_PARTS[part]
+    files, chosen = INTERPRETED_PARTS[part]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-k", chosen]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, str(TESTS / file)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *(str(TESTS / file) for file in files)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-8000:]
     passed = int(done.stdout.split(" passed")[0].split()[-1])
     assert passed >= 30, done.stdout[-2000:]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 import pytest
 import torch
-from cache_tools import KEY, make_examples, reference, run_python
+from cache_tools import KEY, make_examples, reference, start_code
 
 from dpo_fast.training.ref_cache import RefCache, compute_missing
 
@@ -197,7 +197,8 @@ def test_an_interrupted_pass_resumes(tmp_path):
 
 
 def test_kill_in_the_middle_of_a_write_then_resume(tmp_path):
-    child = run_python(
+    child = start_code(
+        tmp_path,
         """
         import os, signal, sys
         from dpo_fast.training import ref_cache
@@ -213,9 +214,8 @@ def test_kill_in_the_middle_of_a_write_then_resume(tmp_path):
         os.fsync = torn_fsync
         ref_cache.compute_missing(ref_cache.RefCache(sys.argv[1], **KEY), make_examples(40), 4, reference)
         """,
-        tmp_path,
     )
-    assert child.wait(120) == -signal.SIGKILL
+    assert child.wait(120).returncode == -signal.SIGKILL
     examples, computed = make_examples(40), []
     cache = RefCache(tmp_path, **KEY)
     assert len(cache) == 4 * 4 - 1
@@ -245,8 +245,8 @@ def test_concurrent_writers(tmp_path):
         for i in range(first, last, 2):
             cache.put_many(examples[i : i + 2], reference(examples[i : i + 2]))
     """
-    children = [run_python(code, tmp_path, 0, 400), run_python(code, tmp_path, 200, 600)]
-    assert [child.wait(120) for child in children] == [0, 0]
+    children = [start_code(tmp_path, code, *part) for part in ((0, 400), (200, 600))]
+    assert [child.wait(120).returncode for child in children] == [0, 0]
     examples, cache = make_examples(600), RefCache(tmp_path, **KEY)
     values, missing = cache.lookup(examples)
     assert missing == []
