@@ -8,10 +8,15 @@ under pytest 9.2.)
 """
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
-import torch
+
+# Before torch is imported, here and in every process of a test: threads that wait must not take the cores of other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 BENCH = Path(__file__).parent / "bench"
 # Files whose module fixtures are dear, by the group whose tests run in one worker.

@@ -89,7 +89,6 @@ def sanitized(extension: Path, code: str, *arguments: str, **environment: str) -
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=99:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99",
         "OMP_NUM_THREADS": "2",
-        "OMP_WAIT_POLICY": "passive",  # threads that spin take the processor from other tests
     }
     command = [sys.executable, "-c", LOAD + textwrap.dedent(code), str(extension), *arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
