@@ -16,7 +16,7 @@ import pytest
 # Before torch is imported, here and in every process of a test: threads that wait must not take the cores of other tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 BENCH = Path(__file__).parent / "bench"
 # Files whose module fixtures are dear, by the group whose tests run in one worker.
