@@ -93,7 +93,7 @@ dpo_loss = Op(
         },
         {"masked words": Row(v=39, packed=True, edit=masked, dtypes=(F32,), kernel=True)},
         {"peaked": Row(packed=True, edit=peaked(60.0), dtypes=(F32, BF16), kernel=True)},
-        {f"{name}, two pairs": Row(lengths=PAIRS, packed=True, options=options, grad=0.5, dtypes=(F32, BF16) if name == "sigmoid" else (F32,), kernel=True) for name, options in (LOSSES | {k: MIXED[k] for k in ("smoothed", "discopop, tau 0.05")}).items() if name not in ("aot", "aot_unpaired", "sft", "orpo")},
+        {f"{name}, two pairs": Row(lengths=PAIRS, packed=True, options=options, grad=0.5, dtypes=(F32, BF16) if name in ("sigmoid", "discopop") else (F32,), kernel=True) for name, options in (LOSSES | {k: MIXED[k] for k in ("smoothed", "discopop, tau 0.05")}).items() if name not in ("aot", "aot_unpaired", "sft", "orpo")},
         {
             f"{name}, margin {sign}e4": Row(v=11, lengths=PAIRS, packed=True, options=options, ref=sign * 1e5, edit=apart(sign), dtypes=(F32,), kernel=True)
             for name, options in LOSSES.items()
