@@ -2,20 +2,26 @@
 
     python -m bench.peers [--turns 9] [peer ...]
 
-A step goes from hidden states [8, 128, 512] and a head [32000, 512], both with a gradient, to the gradients; half of the
-tokens are prompt. Peers that are not installed are named with the pip command. The memory is what a fresh process adds to
-its resident set at most during one step, the gradients included.
+A step goes from hidden states [8, 128, 512] and a head [32000, 512], both float32 with a gradient, to the gradients; half
+of the tokens are prompt. Peers that are not installed are named with the pip command.
+
+The seconds are medians of the processor time of one thread, which other work on the machine disturbs less than the clock.
+Both sides run in turns; the range is of the ratio within a turn. The memory is what a process adds to its resident set at
+most during its second step (the first one compiles where a peer compiles), the gradients included.
 """
 
 import argparse
+import ctypes
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +35,7 @@ S, T, D, V = 8, 128, 512, 32000
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(S, T, D, generator=rng).requires_grad_()
-    weight = (torch.randn(V, D, generator=rng) * D**-0.5).requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(V, D, generator=rng) * D**-0.5)
     labels = torch.randint(V, (S, T), generator=rng)
     labels[:, : T // 2] = -100
     return hidden, weight, labels
@@ -85,39 +91,70 @@ def old_trl() -> tuple[Callable, Callable]:
 
 
 def liger() -> tuple[Callable, Callable]:
-    """The fused loss, without a reference."""
+    """The fused loss with a reference, as it comes: Liger's is compiled."""
 
     def step(module):
-        loss = importlib.import_module(module).LigerFusedLinearDPOLoss(use_ref_model=False, compiled=False)
-        return lambda hidden, weight, labels: loss(weight, *(x.contiguous() for x in (hidden[:, :-1], labels[:, 1:])))[
-            0
-        ]
+        loss = importlib.import_module(module).LigerFusedLinearDPOLoss()
+
+        def run(hidden, weight, labels):
+            rows, targets = hidden[:, :-1].contiguous(), labels[:, 1:].contiguous()
+            return loss(weight, rows, targets, ref_input=rows.detach(), ref_weight=weight.detach())[0]
+
+        return run
 
     return step("liger_kernel.chunked_loss"), step("dpo_fast.integrations.liger")
 
 
 def llamafactory() -> tuple[Callable, Callable]:
-    """Logits and their log-probs against the head that the patch calls."""
+    """Its trainer's `get_batch_loss_metrics`, reference and metrics included, on a Llama whose trunk is given."""
+    os.environ["DISABLE_VERSION_CHECK"] = "1"  # This is its own switch: transformers may be newer than its pin.
     if importlib.util.find_spec("torchaudio") is None:  # It imports this for sound.
         sys.modules["torchaudio"] = type(sys)("torchaudio")
         sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
-    theirs = importlib.import_module("llamafactory.train.trainer_utils").get_batch_logps
-    from dpo_fast import linear_token_logps
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    return (
-        lambda hidden, weight, labels: dpo(theirs(F.linear(hidden, weight).float(), labels)[0]),
-        lambda hidden, weight, labels: dpo(linear_token_logps(hidden[:, :-1], weight, labels[:, 1:]).sum(1)),
-    )
+    theirs = importlib.import_module("llamafactory.train.dpo.trainer").CustomDPOTrainer
+    ours = importlib.import_module("dpo_fast.integrations.llamafactory")
+    patched = {name: getattr(ours, name) for name in ("concatenated_forward", "compute_preference_loss")}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=D, num_hidden_layers=1))
+
+    def step(kind):
+        trainer = object.__new__(kind)
+        trainer.__dict__ |= {
+            "finetuning_args": SimpleNamespace(use_ref_model=True), "ref_model": model, "loss_type": "sigmoid",
+            "beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None, "ftx_gamma": 0.0, "bco_gemma": 0.0,
+            "f_divergence_type": "reverse_kl", "reference_free": False,
+            "accelerator": SimpleNamespace(unwrap_model=lambda model: model, device="cpu"),
+        }  # fmt: skip
+
+        def run(hidden, weight, labels):
+            states = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=(hidden,))
+            model.model.forward, model.lm_head.weight = lambda *_, **__: states, weight
+            ids = torch.zeros_like(labels)
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            return trainer.get_batch_loss_metrics(model, given)[0]
+
+        return run
+
+    return step(theirs), step(type("Patched", (theirs,), patched))
 
 
 def torchtune() -> tuple[Callable, Callable]:
-    """Log-probs of logits."""
+    """Log-probs of logits and the loss, as its 0.6 recipes call them; the reference's log-probs are given."""
 
-    def step(module):
-        function = importlib.import_module(module).get_batch_log_probs
-        return lambda hidden, weight, labels: dpo(function(F.linear(hidden, weight), labels))
+    def step(log_probs, loss):
+        function = importlib.import_module(log_probs).get_batch_log_probs
+        loss = importlib.import_module(loss).DPOLoss(beta=0.1)
 
-    return step("torchtune.rlhf"), step("dpo_fast.integrations.torchtune")
+        def run(hidden, weight, labels):
+            chosen, rejected = function(F.linear(hidden, weight), labels).chunk(2)
+            return loss(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(chosen))[0].mean()
+
+        return run
+
+    ours = "dpo_fast.integrations.torchtune"
+    return step("torchtune.rlhf", "torchtune.rlhf.loss"), step(ours, ours)
 
 
 def cross_entropy() -> tuple[Callable, Callable]:
@@ -155,15 +192,16 @@ def step(function: Callable, given: tuple) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, given[:2])]
 
 
-def in_turns(functions: tuple[Callable, Callable], turns: int) -> list[float]:
+def in_turns(functions: tuple[Callable, Callable], turns: int) -> list[list[float]]:
+    """The seconds of each turn, theirs and ours."""
     given, seconds = batch(), ([], [])
     torch.testing.assert_close(*(step(f, given) for f in functions), rtol=1e-3, atol=1e-6)
     for _ in range(turns):
         for function, found in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             step(function, given)
-            found.append(time.perf_counter() - start)
-    return [statistics.median(x) for x in seconds]
+            found.append(time.process_time() - start)
+    return seconds
 
 
 def status(name: str) -> int:
@@ -173,8 +211,10 @@ def status(name: str) -> int:
 
 
 def memory(function: Callable) -> int:
-    """MiB added at most during one step."""
+    """MiB added at most during the second step."""
     given = batch()
+    step(function, given)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # The peak counts from here.
     before = status("VmRSS")
@@ -188,12 +228,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--memory", type=int, choices=(0, 1), help="print the MiB of theirs (0) or ours (1) alone")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.memory is not None:
         print("MiB", memory(PEERS[options.peers[0]][0]()[options.memory]))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, commit {commit()}")
-    print("| peer | theirs s | ours s | time theirs / ours | theirs MiB | ours MiB |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    load = os.getloadavg()[0]
+    print(f"torch {torch.__version__}, 1 thread, {options.turns} turns, load {load:.1f}, commit {commit()}")
+    print("| peer | theirs s | ours s | theirs / ours | its range | theirs MiB | ours MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for peer in options.peers or PEERS:
         found = installed(peer)
         if found is None:
@@ -201,13 +243,16 @@ def main() -> None:
             print(f"| {peer} | not installed: pip install {package}{f'=={wanted[-1]}.0' if wanted else ''} |")
             continue
         theirs, ours = in_turns(PEERS[peer][0](), options.turns)
+        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+        theirs, ours = statistics.median(theirs), statistics.median(ours)
         used = []
         for side in (0, 1):
             command = [sys.executable, "-m", "bench.peers", peer, "--memory", str(side)]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             used.append(said.split("MiB")[-1].strip())
         print(
-            f"| {PEERS[peer][1]} {found} | {theirs:.3f} | {ours:.3f} | {theirs / ours:.2f} | {used[0]} | {used[1]} |",
+            f"| {PEERS[peer][1]} {found} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | "
+            f"{min(ratios):.2f} to {max(ratios):.2f} | {used[0]} | {used[1]} |",
             flush=True,
         )
 
