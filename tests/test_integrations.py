@@ -103,8 +103,15 @@ def test_torchtune_loss(smoothing):
         SimpleNamespace(chosen_logps=a, rejected_logps=b) for a, b in ((chosen, rejected), (ref_chosen, ref_rejected))
     )
     torch.testing.assert_close(loss(policy, reference)[0], want)
+    assert not loss.is_reference_free  # The main branch's recipes ask before they run the reference.
     with pytest.raises(ValueError, match="got 3 arguments"):
         loss(*four[:3])
+
+
+def test_torchtune_refuses_at_construction():
+    with pytest.raises(ValueError, match="loss_type 'ipo' needs the completions' lengths"):
+        TuneLoss(loss_type=["sigmoid", "ipo"])
+    assert TuneLoss(loss_type=["sigmoid", "hinge"])(*torch.randn(4, 5))[0].shape == (5,)
 
 
 @pytest.mark.parametrize("average", [False, True])

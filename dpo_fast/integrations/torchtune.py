@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..losses import LossOptions, preference_loss
+from ..loss_table import LOSSES
+from ..losses import LossOptions, preference_loss, require
 from ..ops import sequence_logps
 
 
@@ -11,12 +12,24 @@ class DPOLoss(nn.Module):
 
     It takes the four tensors [B] of torchtune 0.6 (policy chosen, policy rejected, reference chosen, reference rejected),
     or the two `ChosenRejectedOutputs` of its main branch. It returns losses [B], chosen and rejected rewards [B].
+
+    Raises ValueError for an option that cannot work, among them a loss that needs lengths, which torchtune does not give.
     """
+
+    is_reference_free = False  # The recipes of the main branch ask; each loss without a reference needs lengths.
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, loss_type: str = "sigmoid"):
         super().__init__()
         self.options = {"beta": beta, "label_smoothing": label_smoothing, "loss_type": loss_type}
-        LossOptions(**self.options).check()
+        given = LossOptions(**self.options).check()
+        unable = [name for name, row in zip(given.names, given.rows, strict=True) if row.needs_lengths]
+        able = ", ".join(name for name, row in LOSSES.items() if not row.needs_lengths)
+        require(
+            not unable,
+            lambda: (
+                f"loss_type {unable[0]!r} needs the completions' lengths, which torchtune does not give: use {able}"
+            ),
+        )
 
     def forward(self, *inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and rewards [B]. Raises ValueError for anything but four tensors or two `ChosenRejectedOutputs`."""

@@ -2,15 +2,22 @@
 
 python tests/peers/run_torchtune.py [CHECKOUT] [pytest options]    # torchtune is installed, or the checkout is what is imported
 
-With a checkout its tests of DPOLoss run too, with ours under torchtune's name.
+With a checkout its tests of DPOLoss run too, with ours under torchtune's name. Its last main branch (April 2026) needs torchao
+0.18 and torchvision; its file of the loss uses names of typing that it does not import, so these are given to it here.
 """
 
+import builtins
+import dataclasses
 import os
 import sys
+import typing
 from pathlib import Path
 
 if len(sys.argv) > 1:
     sys.path.insert(0, sys.argv[1])
+    builtins.dataclass = dataclasses.dataclass
+    for name in ("Optional", "Tuple", "TypeVar"):
+        setattr(builtins, name, getattr(typing, name))
 
 import pytest
 import torch
@@ -33,6 +40,8 @@ def arguments(numbers):
 def compare() -> None:
     loss = config.instantiate(OmegaConf.load(EXAMPLE).loss)
     assert type(loss) is ours.DPOLoss
+    if hasattr(theirs.DPOLoss, "is_reference_free"):  # The main branch's recipes read it.
+        assert loss.is_reference_free == theirs.DPOLoss().is_reference_free
     torch.manual_seed(0)
     for smoothing in (0.0, 0.2):
         values = [torch.randn(8, requires_grad=k < 2) for k in range(4)]
@@ -59,6 +68,7 @@ def main() -> int:
         return 0
     checkout, *options = sys.argv[1:]
     theirs.DPOLoss = ours.DPOLoss
+    theirs.RSOLoss = lambda gamma: ours.DPOLoss(gamma, loss_type="hinge")
     test = str(Path(checkout) / "tests/torchtune/rlhf/loss/test_dpo_loss.py")
     common = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--noconftest", "-c", os.devnull, "--rootdir", checkout]
     return pytest.main([test, *common, "-k", "dpo", *options])
