@@ -9,7 +9,7 @@ from .trl import patch_trl
 
 
 class DPOFastPlugin(BasePlugin):
-    """Patches the TRL that Axolotl pins (1.8 or 1.9) before the model is loaded, for DPO runs only."""
+    """Patches the TRL that Axolotl pins (1.8 or 1.9) before the model is loaded, for DPO and IPO runs that name the plugin."""
 
     def __init__(self):
         super().__init__()
@@ -17,8 +17,10 @@ class DPOFastPlugin(BasePlugin):
 
     def pre_model_load(self, cfg) -> None:
         """Axolotl calls this before a run. Raises ImportError for a TRL that was not tested."""
-        rl = getattr(cfg, "rl", None)
-        if str(getattr(rl, "value", rl)) in ("dpo", "ipo"):
+        self.post_train_unload(cfg)  # An earlier run of this process may have failed.
+        # Axolotl keeps a plugin for the whole process, also for runs whose YAML does not name it.
+        named = f"{__name__}.{type(self).__name__}" in (cfg.plugins or [])
+        if named and str(getattr(cfg.rl, "value", cfg.rl)) in ("dpo", "ipo"):
             self.undo = patch_trl()
 
     def post_train_unload(self, cfg) -> None:

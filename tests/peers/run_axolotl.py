@@ -1,5 +1,7 @@
 """Axolotl's own DPO training of a tiny model, without our plugin and with it in the YAML: the same losses and metrics.
 
+Every case counts the calls of our log-probs: none without the plugin, at least one per step with it.
+
 python tests/peers/run_axolotl.py [CHECKOUT]      # of Axolotl; default: the installed package
 """
 
@@ -22,6 +24,7 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 
+import dpo_fast.integrations.trl as ours_of_trl
 from dpo_fast.demo.questions import byte_tokenizer
 
 PLUGIN = "dpo_fast.integrations.axolotl.DPOFastPlugin"
@@ -59,9 +62,9 @@ def train(folder: Path, name: str, options: dict) -> list[dict]:
     logs, log = [], trl.DPOTrainer.log
 
     def kept(self, values, *arguments, **others):
+        log(self, values, *arguments, **others)
         if "loss" in values:
-            logs.append(values.copy())
-        return log(self, values, *arguments, **others)
+            logs.append(self.state.log_history[-1])
 
     trl.DPOTrainer.log = kept
     try:
@@ -71,16 +74,31 @@ def train(folder: Path, name: str, options: dict) -> list[dict]:
     return logs
 
 
+def counted() -> list[tuple]:
+    """A list that gets the shape of the logits of every call of our `selective_log_softmax`."""
+    calls, function = [], ours_of_trl.selective_log_softmax
+
+    def call(logits, index):
+        calls.append(tuple(logits.shape))
+        return function(logits, index)
+
+    ours_of_trl.selective_log_softmax = call
+    return calls
+
+
 def main() -> None:
     import trl.trainer.dpo_trainer as module
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare(folder)
-        original = module.selective_log_softmax
+        original, calls = module.selective_log_softmax, counted()
         for name, options in CASES.items():
             theirs = train(folder, f"theirs {name}", options)
+            assert not calls, f"{name}: ours was called without the plugin"
             ours = train(folder, f"ours {name}", options | {"plugins": [PLUGIN]})
+            found = len(calls)
+            calls.clear()
             assert module.selective_log_softmax is original, "not undone"
             keys = [
                 k for k in theirs[0] if k in ("loss", "grad_norm") or k.startswith(("rewards/m", "logps/", "logits/"))
@@ -91,9 +109,11 @@ def main() -> None:
                 for k in keys
             )
             print(
-                f"{name}: losses {[round(float(a['loss']), 4) for a in ours]}, largest difference {worst:.1e} in {keys}"
+                f"{name}: losses {[round(float(a['loss']), 4) for a in ours]}, largest difference {worst:.1e} in {keys}, "
+                f"{found} calls of ours"
             )
             assert len(ours) == 4
+            assert found >= 2 * len(ours), "a step has one call for the policy and one for the reference"
             assert worst < 1e-5, (ours, theirs)
 
 
