@@ -23,7 +23,7 @@ from dpo_fast.integrations.trl import patch_trl, selective_log_softmax
 
 CASES = {
     "sigmoid": {},
-    "ipo": {"loss_type": ["ipo"], "learning_rate": 1e-3},
+    "ipo": {"loss_type": ["ipo"]},
     "LoRA": {"peft": True, "learning_rate": 1e-1},
 }
 

@@ -57,16 +57,23 @@ def run(folder, trainer_class, model=None, peft=False, **changes):
         processing_class=tokenizer(),
         peft_config=lora,
     )
+    start = trained_weights(trainer)
     trainer.train()
-    trained = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
-    return trainer.state.log_history, trained
+    return trainer.state.log_history, trained_weights(trainer), start
+
+
+def trained_weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
 def compare(mine, theirs, tolerance):
+    """Logs and trained weights are equal to `tolerance`, and training moved the weights by at least 200 times that."""
     for a, b in zip(mine[0], theirs[0], strict=True):
         # Before the first step policy and reference are equal, and rounding decides which reward is larger.
         equal = {"rewards/accuracies"} if abs(b.get("rewards/margins", 1)) < 1e-5 else set()
         for name in set(b) - IGNORED - equal:
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
     size = theirs[1].abs().max().item()
+    moved = (theirs[1] - theirs[2]).abs().max().item()
+    assert moved > 200 * tolerance * size, "too little training for a comparison: a gradient 1 % off would pass"
     torch.testing.assert_close(mine[1], theirs[1], rtol=0, atol=tolerance * size)
