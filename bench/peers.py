@@ -7,7 +7,7 @@ of the tokens are prompt. Peers that are not installed are named with the pip co
 
 The seconds are medians of the processor time of one thread, which other work on the machine disturbs less than the clock.
 Both sides run in turns; the range is of the ratio within a turn. The memory is what a process adds to its resident set at
-most during its second step (the first one compiles where a peer compiles), the gradients included.
+most during its second step (the first one compiles where a peer compiles), the gradients included; median of 3 processes.
 """
 
 import argparse
@@ -248,8 +248,8 @@ def main() -> None:
         used = []
         for side in (0, 1):
             command = [sys.executable, "-m", "bench.peers", peer, "--memory", str(side)]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            used.append(said.split("MiB")[-1].strip())
+            found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+            used.append(statistics.median(int(said.split("MiB")[-1]) for said in found))
         print(
             f"| {PEERS[peer][1]} {found} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | "
             f"{min(ratios):.2f} to {max(ratios):.2f} | {used[0]} | {used[1]} |",
