@@ -248,8 +248,8 @@ def main() -> None:
         used = []
         for side in (0, 1):
             command = [sys.executable, "-m", "bench.peers", peer, "--memory", str(side)]
-            found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
-            used.append(statistics.median(int(said.split("MiB")[-1]) for said in found))
+            said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+            used.append(statistics.median(int(text.split("MiB")[-1]) for text in said))
         print(
             f"| {PEERS[peer][1]} {found} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | "
             f"{min(ratios):.2f} to {max(ratios):.2f} | {used[0]} | {used[1]} |",

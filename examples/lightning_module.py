@@ -1,4 +1,4 @@
-"""DPO as a Lightning module. `pip install lightning` to train it; the step runs without. python examples/lightning_module.py"""
+"""DPO as a Lightning module: Trainer(max_epochs=1).fit(DPO(model), loader), with `pip install lightning`; the step runs without."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""TRL's own trainer with our head: one call before, one after. python examples/trl_patched.py MODEL PAIRS.jsonl"""
+"""TRL's own trainer with our head: one call before, one after. python examples/trl_patched.py MODEL PAIRS.jsonl [STEPS]"""
 
 import sys
 
@@ -8,14 +8,15 @@ from trl import DPOConfig, DPOTrainer
 
 from dpo_fast.integrations.trl import patch_trl
 
-model, pairs = sys.argv[1:3]
-steps = int(sys.argv[3]) if len(sys.argv) > 3 else -1
+if len(sys.argv) not in (3, 4):
+    sys.exit(__doc__)
+model, pairs, steps = (*sys.argv[1:], "-1")[:3]
 undo = patch_trl()
 trainer = DPOTrainer(
     model,
     args=DPOConfig(
         output_dir="runs/trl_patched",
-        max_steps=steps,
+        max_steps=int(steps),
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     ),

@@ -1,4 +1,4 @@
-"""Our trainer under TRL's names: only the import line changes. python examples/trl_trainer.py MODEL PAIRS.jsonl"""
+"""Our trainer under TRL's names: only the import line changes. python examples/trl_trainer.py MODEL PAIRS.jsonl [STEPS]"""
 
 import sys
 
@@ -7,13 +7,14 @@ from datasets import load_dataset
 
 from dpo_fast.integrations.trl import DPOConfig, DPOTrainer  # was: from trl import DPOConfig, DPOTrainer
 
-model, pairs = sys.argv[1:3]
-steps = int(sys.argv[3]) if len(sys.argv) > 3 else -1
+if len(sys.argv) not in (3, 4):
+    sys.exit(__doc__)
+model, pairs, steps = (*sys.argv[1:], "-1")[:3]
 trainer = DPOTrainer(
     model,
     args=DPOConfig(
         output_dir="runs/trl_example",
-        max_steps=steps,
+        max_steps=int(steps),
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     ),

@@ -125,7 +125,7 @@ def patch_llamafactory(*, any_version: bool = False) -> Callable[[], None]:
 
     Raises ImportError where LLaMA-Factory is not installed or its version was not tested (`any_version=True` tries it).
     """
-    check_version("llamafactory", TESTED, any_version)
+    check_version("llamafactory", TESTED, any_version=any_version)
 
     def patch() -> Callable[[], None]:
         from llamafactory.train import trainer_utils

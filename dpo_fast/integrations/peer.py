@@ -8,19 +8,19 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 
-def check_version(package: str, tested: str, any_version: bool = False) -> Version:
-    """The installed version of `package`, which must lie in `tested`, such as ">=1.16,<1.17".
+def check_version(package: str, *tested: str, any_version: bool = False) -> Version:
+    """The installed version of `package`, which must lie in one of `tested`, such as "==1.9.*", ">=1.16,<1.17".
 
     Raises ImportError where it is not installed or, unless `any_version`, was not tested.
     """
     try:
         found = Version(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"{package} is not installed: pip install '{package}{tested}'") from None
-    if not any_version and not SpecifierSet(tested).contains(found, prereleases=True):
+        raise ImportError(f"{package} is not installed: pip install '{package}{tested[-1]}'") from None
+    if not any_version and not any(SpecifierSet(one).contains(found, prereleases=True) for one in tested):
         raise ImportError(
-            f"{package} {found} is installed and dpo_fast was tested with {package}{tested}: install one of these, or pass "
-            "any_version=True to try"
+            f"{package} {found} is installed and dpo_fast was tested with {package}{' or '.join(tested)}: "
+            f"pip install '{package}{tested[-1]}', or pass any_version=True to try"
         )
     return found
 
@@ -34,21 +34,28 @@ class Patches:
     """
 
     def __init__(self):
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
 
     def replace(self, owner: Any, name: str, value: Any) -> Any:
         """Set `owner.name` to `value` and return its old value. Raises ImportError where the peer has no such name."""
         if not hasattr(owner, name):
             raise ImportError(f"{getattr(owner, '__name__', owner)} has no {name}: this version was not tested")
         old = getattr(owner, name)
-        self._replaced.append((owner, name, old))
+        self._replaced.append((owner, name, old, value))
         setattr(owner, name, value)
         return old
 
     def undo(self) -> None:
-        """Put everything back, the last replaced first. A second call changes nothing."""
+        """Put everything back, the last replaced first. A second call changes nothing.
+
+        Raises RuntimeError, and changes nothing, where somebody replaced the same name later: theirs may call ours.
+        """
+        for owner, name, _, value in self._replaced:
+            if getattr(owner, name) is not value:
+                where = f"{getattr(owner, '__name__', owner)}.{name}"
+                raise RuntimeError(f"{where} was replaced again after this patch: undo that first, then this")
         while self._replaced:
-            owner, name, old = self._replaced.pop()
+            owner, name, old, _ = self._replaced.pop()
             setattr(owner, name, old)
 
     def __enter__(self) -> "Patches":
@@ -67,8 +74,9 @@ def once(
         undo = patch()
 
         def undo_once() -> None:
-            if active.pop(key, None) is not None:
+            if key in active:
                 undo()
+                del active[key]
 
         active[key] = undo_once
     return active[key]

@@ -24,7 +24,7 @@ from .peer import Patches, check_version, once
 __all__ = ["DPOConfig", "DPOTrainer", "patch_trl"]
 
 # 1.8 and 1.9 compute logits, 1.16 has a fused head; the versions between were not tried.
-TESTED = ">=1.8,<1.17," + ",".join(f"!=1.{minor}.*" for minor in range(10, 16))
+TESTED = ("==1.8.*", "==1.9.*", "==1.16.*")
 _ACTIVE: dict[str, Callable[[], None]] = {}
 
 
@@ -165,7 +165,7 @@ def patch_trl(*, any_version: bool = False) -> Callable[[], None]:
     In TRL 1.8 and 1.9 it replaces `selective_log_softmax` of the DPO trainer, and Liger's loss under `use_liger_kernel`.
     Raises ImportError where TRL is not installed or its version was not tested (`any_version=True` tries it).
     """
-    found = check_version("trl", TESTED, any_version)
+    found = check_version("trl", *TESTED, any_version=any_version)
 
     def patch() -> Callable[[], None]:
         with Patches() as patches:
