@@ -1,9 +1,9 @@
-"""torchtune's recipe line and DPO loss: ours from the YAML, against torchtune's own values.
+"""torchtune's recipe and DPO loss: ours from the YAML, against torchtune's own values.
 
 python tests/peers/run_torchtune.py [CHECKOUT] [pytest options]    # torchtune is installed, or the checkout is what is imported
 
 With a checkout its tests of DPOLoss run too, with ours under torchtune's name. Its last main branch (April 2026) needs torchao
-0.18 and torchvision; its file of the loss uses names of typing that it does not import, so these are given to it here.
+0.18, torchdata and torchvision; its file of the loss uses names of typing that it does not import, so these are given to it here.
 """
 
 import builtins
@@ -21,6 +21,7 @@ if len(sys.argv) > 1:
 
 import pytest
 import torch
+import torchtune_recipe
 from omegaconf import OmegaConf
 from torchtune import config, rlhf
 from torchtune.rlhf import loss as theirs
@@ -64,6 +65,7 @@ def compare() -> None:
 
 def main() -> int:
     compare()
+    torchtune_recipe.compare()
     if len(sys.argv) == 1:
         return 0
     checkout, *options = sys.argv[1:]
