@@ -33,7 +33,7 @@ class DPOLoss(nn.Module):
 
     def forward(self, *inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and rewards [B]. Raises ValueError for anything but four tensors or two `ChosenRejectedOutputs`."""
-        if len(inputs) == 2:
+        if len(inputs) == 2 and all(hasattr(pair, "chosen_logps") for pair in inputs):
             inputs = [x for pair in inputs for x in (pair.chosen_logps, pair.rejected_logps)]
         if len(inputs) != 4:
             raise ValueError(
