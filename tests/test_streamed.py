@@ -14,7 +14,7 @@ from trainer_tools import config, weights  # noqa: E402
 from dpo_fast import DPOTrainer  # noqa: E402
 from dpo_fast.data.pairs import prepare  # noqa: E402
 
-ONLINE = {"precompute_ref_log_probs": False, "max_steps": 4, "per_device_train_batch_size": 4}
+ONLINE = {"max_steps": 4, "per_device_train_batch_size": 4}
 
 
 def streamed(rows):
@@ -53,7 +53,10 @@ def test_training_is_that_of_the_list(tmp_path):
     rows = tiny.pairs(16)
 
     def run(name, data, resume=None, **changes):
-        args = config(tmp_path / name, **{**ONLINE, "max_length": 100, "optim": "adamw_torch", **changes})
+        args = config(
+            tmp_path / name,
+            **{**ONLINE, "precompute_ref_log_probs": False, "max_length": 100, "optim": "adamw_torch", **changes},
+        )
         trainer = DPOTrainer(tiny.llama(), tiny.llama(seed=1), args, train_dataset=data)
         trainer.train(resume_from_checkpoint=resume)
         return weights(trainer.model)
@@ -68,7 +71,7 @@ def test_training_is_that_of_the_list(tmp_path):
     [
         ({"max_steps": -1}, "the train data is streamed, so nobody knows where an epoch ends: set max_steps"),
         (
-            {"precompute_ref_log_probs": None},
+            {"precompute_ref_log_probs": True},
             "precompute_ref_log_probs is not supported with IterableDataset: .* cannot be computed",
         ),
         ({"tokens_per_step": 100, "per_device_train_batch_size": 8}, "streamed: tokens_per_step"),

@@ -106,7 +106,7 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Compute the reference's log-probs once, before training, into a cache on disk. "
-            "Default: on for full fine-tuning, off with PEFT, sync_ref_model or a loss without a reference."
+            "Default: on for full fine-tuning, off with PEFT, streaming, sync_ref_model or a loss without a reference."
         },
     )
     precompute_ref_batch_size: int | None = field(
