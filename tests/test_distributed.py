@@ -11,13 +11,16 @@ import forked
 import tiny
 from test_resume import TRAINING, history, options
 
+from dpo_fast.data.examples import Examples
+from dpo_fast.training.token_batches import TokenBatches
+
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 RUNS = {
     "plain": {},
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "split": {"max_tokens_per_batch": 60},
     "fsdp2": {**FSDP, "gradient_checkpointing": False},
-    "fsdp2_split": {**FSDP, "max_tokens_per_batch": 60, "gradient_checkpointing": False},
+    "fsdp2_split": {**FSDP, "max_tokens_per_batch": 60, "gradient_checkpointing": True},
 }
 LOSS = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}
 
@@ -40,7 +43,7 @@ def spec(folder, name: str, processes: int, train=None, **changes) -> str:
         "save_strategy": "no", "max_steps": 4, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 2,
         "per_device_train_batch_size": 8 // processes,
     }  # fmt: skip
-    names = ("measure", "evaluate_first", "lora", "dtype", "resume")
+    names = ("measure", "evaluate_first", "lora", "dtype", "resume", "streamed", "vision", "model")
     extra = {key: changes.pop(key) for key in names if key in changes}
     rows = options(folder / f"{name}_run", **{**defaults, **LOSS, **changes})
     # 16 pairs are two steps per epoch (accelerate fills an uneven last step up with pairs of the first). The ranks cannot
@@ -71,11 +74,27 @@ MARGIN_RUNS = {
 }
 
 
+TOKENS = 110  # of a batch
+
+
+def others(folder, processes: int) -> list[str]:
+    """Specs of runs that need not be sharded: batches filled to a budget, a stream, and weights that no step uses."""
+    halves = 2 // processes
+    tokens = {"tokens_per_step": 2 * TOKENS, "gradient_accumulation_steps": halves, "per_device_train_batch_size": 8}
+    runs = {
+        "tokens": tokens,
+        "stream": {"streamed": True, "max_length": 100},
+        "vision": {"vision": True, "model": str(folder / "vision")},
+    }
+    return [spec(folder, f"{name}_{processes}", processes, **changes) for name, changes in runs.items()]
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     tiny.llama().save_pretrained(folder / "model")
-    start(1, spec(folder, "one", 1), spec(folder, "margin_one", 1, **MARGIN))
+    tiny.llava().save_pretrained(folder / "vision")
+    start(1, spec(folder, "one", 1), spec(folder, "margin_one", 1, **MARGIN), *others(folder, 1))
     return folder
 
 
@@ -84,7 +103,7 @@ def two_processes(request, one_process):
     names = [name for name, sharded in TOGETHER.items() if sharded == request.param]
     specs = [spec(one_process, name, 2, **RUNS[name]) for name in names]
     specs += [spec(one_process, f"margin_{n}", 2, **changes) for n, changes in MARGIN_RUNS.items() if n in names]
-    start(2, *specs)
+    start(2, *specs, *([] if request.param else others(one_process, 2)))
     return one_process, names
 
 
@@ -96,6 +115,16 @@ def test_two_processes_are_one(two_processes):
         same(folder, name, "one")
     for name in MARGIN_RUNS.keys() & set(names):
         same(folder, f"margin_{name}", "margin_one")
+    if "plain" in names:
+        for name in ("tokens", "stream", "vision"):
+            same(folder, f"{name}_2", f"{name}_1")
+
+
+def test_the_batches_of_a_budget_are_unequal_and_dealt_out_evenly():
+    """Else one process that takes two of them in a step would not be two that take one each."""
+    sizes = [len(batch) for batch in TokenBatches(Examples.of(tiny.pairs(16)), "prefix", TOKENS, seed=42)]
+    assert len(sizes) % 2 == 0
+    assert len(set(sizes)) > 1
 
 
 def same(one_process, name: str, wanted: str) -> None:

@@ -24,6 +24,7 @@ from .quantised import check_adapters_train, choose_quantisation, weight_count
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
 from .sharding import refuse_zero3
 from .start_checks import check_finite, check_positions
+from .unused_weights import may_stay_unused
 from .value_checks import check_streamed
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     train = None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share)
     check_positions(base_model(model), {**prepared, **({} if train is None else {"train": train})})
     checkpointing = choose(model, ref_model, plan, args, train, share, is_sharded(args))
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = may_stay_unused(model)
     if args.gradient_checkpointing and hasattr(model, "disable_adapter"):
         model.enable_input_require_grads()
     return Setup(

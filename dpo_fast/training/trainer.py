@@ -67,7 +67,7 @@ class DPOTrainer(Reporting):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required (or eval_dataset, to evaluate alone)")
         args = args or DPOConfig()
-        if args.gradient_checkpointing is None:
+        if args.gradient_checkpointing is None or args.ddp_find_unused_parameters is None:
             args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
         run = model
         if not isinstance(model, RunPlan):
