@@ -9,10 +9,14 @@ pytest.importorskip("transformers")
 
 import forked
 import tiny
+from peft import LoraConfig, get_peft_model
 from test_resume import TRAINING, history, options
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from dpo_fast import DPOConfig, DPOTrainer
 from dpo_fast.data.examples import Examples
 from dpo_fast.training.token_batches import TokenBatches
+from dpo_fast.training.unused_weights import may_stay_unused
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 RUNS = {
@@ -86,7 +90,7 @@ def others(folder, processes: int) -> list[str]:
         "stream": {"streamed": True, "max_length": 100},
         "vision": {"vision": True, "model": str(folder / "vision")},
     }
-    return [spec(folder, f"{name}_{processes}", processes, **changes) for name, changes in runs.items()]
+    return [spec(folder, f"{name}_{processes}", processes, max_steps=2, **changes) for name, changes in runs.items()]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,33 @@ def test_the_batches_of_a_budget_are_unequal_and_dealt_out_evenly():
     sizes = [len(batch) for batch in TokenBatches(Examples.of(tiny.pairs(16)), "prefix", TOKENS, seed=42)]
     assert len(sizes) % 2 == 0
     assert len(set(sizes)) > 1
+
+
+def test_weights_that_a_step_may_leave_out(tmp_path):
+    """Experts that are modules of their own and a vision tower, where they are trained; what the user says wins."""
+    assert not may_stay_unused(tiny.llama())
+    assert may_stay_unused(tiny.llava())
+    adapters = LoraConfig(target_modules=r".*language_model.*q_proj")
+    assert not may_stay_unused(get_peft_model(tiny.llava(), adapters))
+    assert may_stay_unused(get_peft_model(tiny.llava(), LoraConfig(target_modules=["q_proj"])))
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    moe = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    assert not may_stay_unused(moe)
+    moe.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+    assert may_stay_unused(moe)
+    moe.model.layers[0].mlp.experts.requires_grad_(False)
+    assert not may_stay_unused(moe)
+    for given, used in ((None, True), (False, False)):
+        args = DPOConfig(**options(tmp_path, ddp_find_unused_parameters=given))
+        trainer = DPOTrainer(tiny.llava(), args=args, train_dataset=tiny.pairs(4))
+        assert trainer.args.ddp_find_unused_parameters is used
+        assert args.ddp_find_unused_parameters is given
 
 
 def same(one_process, name: str, wanted: str) -> None:
