@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .cli.config_file import read_config
+from .data import cache
 from .data.readers import locate
 from .data.sources import Pairs, load_pairs, split_pairs
 from .data.streamed import SourceRows
@@ -136,6 +137,8 @@ def run(argv: list[str]) -> int:
             say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args, part)}")
         return 0
     data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
+    if kept := cache.folders():
+        say(f"rows and tokens are kept in {cache.cache_folder()}: {cache.megabytes(kept)} (see docs/data.md)")
     _train(run, script, args, tokenizer, data, resume, say)
     return 0
 

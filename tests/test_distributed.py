@@ -47,7 +47,7 @@ def spec(folder, name: str, processes: int, train=None, **changes) -> str:
         "save_strategy": "no", "max_steps": 4, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 2,
         "per_device_train_batch_size": 8 // processes,
     }  # fmt: skip
-    names = ("measure", "evaluate_first", "lora", "dtype", "resume", "streamed", "vision", "model")
+    names = ("measure", "evaluate_first", "lora", "dtype", "resume", "streamed", "vision", "model", "quantised")
     extra = {key: changes.pop(key) for key in names if key in changes}
     rows = options(folder / f"{name}_run", **{**defaults, **LOSS, **changes})
     # 16 pairs are two steps per epoch (accelerate fills an uneven last step up with pairs of the first). The ranks cannot

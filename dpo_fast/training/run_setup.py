@@ -20,7 +20,7 @@ from .checkpointing import choose
 from .config import DPOConfig
 from .dropout import no_dropout, random_router
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
-from .quantised import check_adapters_train, choose_quantisation, weight_count
+from .quantised import check_adapters_train, check_shards, choose_quantisation, weight_count
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
 from .sharding import refuse_zero3
 from .start_checks import check_finite, check_positions
@@ -67,13 +67,17 @@ def plan_run(
         empty = empty_model(base or model, args)
         with torch.device("meta"):
             check_adapters_train(quantisation, empty.config, adapters)
+            config = empty.config
             path, head = plan_model(empty), empty.get_output_embeddings()
             add_adapters(empty, peft_config)
     else:
         for config in getattr(model, "peft_config", {}).values():
             check_adapters(config)
         restore_model(model)
+        config = getattr(base_model(model), "config", None)
         path, head = plan_model(base_model(model)), base_model(model).get_output_embeddings()
+    if shards_weights(args):
+        check_shards(quantisation, config, args)
     return RunPlan(model, ref_model, peft_config, path, head.weight.shape[0], reference, quantisation)
 
 
@@ -202,8 +206,16 @@ def aux_coefficient(model, args: DPOConfig) -> float:
 
 def is_sharded(args: DPOConfig) -> bool:
     """Whether FSDP or DeepSpeed will own the weights."""
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return bool(args.fsdp or args.deepspeed or any(os.environ.get(f, "false").lower() == "true" for f in flags))
+    return shards_weights(args) or bool(args.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def shards_weights(args: DPOConfig) -> bool:
+    """Whether FSDP will."""
+    return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[float, float, float], float]:
