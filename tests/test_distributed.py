@@ -158,6 +158,26 @@ def test_weights_that_a_step_may_leave_out(tmp_path):
         assert args.ddp_find_unused_parameters is given
 
 
+def test_tensor_parallel_weights_are_refused(tmp_path):
+    """By name, before they are read; and a model that is split already."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    args = DPOConfig(**options(tmp_path / "run", model_init_kwargs={"tp_plan": "auto"}))
+    with pytest.raises(ValueError, match=r"^tp_plan: .*tensor parallelism.* leave it out; .*set fsdp=true"):
+        DPOTrainer(str(tmp_path / "none"), args=args, train_dataset=tiny.pairs(4))
+    model, args = tiny.llama(), DPOConfig(**options(tmp_path / "run"))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(model.lm_head.weight.data, init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        for given in ((model,), (tiny.llama(), model)):
+            with pytest.raises(ValueError, match=r"^lm_head.weight: "):
+                DPOTrainer(*given, args=args, train_dataset=tiny.pairs(4))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def same(one_process, name: str, wanted: str) -> None:
     for got, want in zip(history(one_process, name), history(one_process, wanted), strict=True):
         assert got.keys() == want.keys()

@@ -22,7 +22,7 @@ from .dropout import no_dropout, random_router
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
 from .quantised import check_adapters_train, check_shards, choose_quantisation, weight_count
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
-from .sharding import refuse_zero3
+from .sharding import refuse_tensor_parallel, refuse_zero3
 from .start_checks import check_finite, check_positions
 from .unused_weights import may_stay_unused
 from .value_checks import check_streamed
@@ -55,6 +55,8 @@ def plan_run(
     if is_deepspeed_zero3_enabled():
         refuse_zero3()
     by_name = isinstance(model, str)
+    modules = (m for m in (model, ref_model) if isinstance(m, torch.nn.Module))
+    refuse_tensor_parallel(*modules, options=args.model_init_kwargs)
     quantisation = choose_quantisation(quantization_config, args, by_name)
     base = adapter_base(model, args) if by_name else None
     adapters = peft_config is not None or base is not None
