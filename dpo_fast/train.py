@@ -62,7 +62,7 @@ def _explain(error: Exception) -> str:
         return f"{_package(error)} is not installed: pip install 'dpo_fast[train]'"
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: set max_tokens_per_batch or lower per_device_train_batch_size ({error})"
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error)
 
@@ -97,6 +97,7 @@ def run(argv: list[str]) -> int:
     """Train, or inspect the data, as the options say; `main` turns the errors into one line each."""
     # The file's `env` must be set before transformers is imported, which reads the environment.
     path, config = read_config(argv)
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     from .cli.parse import parse
@@ -107,6 +108,7 @@ def run(argv: list[str]) -> int:
     script, args, model_args = parse(argv, config, path)
     say = print if args.process_index == 0 else _say_nothing
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     if args.disable_tqdm or args.process_index:
         transformers_logging.disable_progress_bar()
     name = model_args.model_name_or_path

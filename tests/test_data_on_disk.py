@@ -1,5 +1,6 @@
 """Rows and tokens in Arrow files: the same as lists, made once, made again when what they depend on changes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import pickle
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 datasets = pytest.importorskip("datasets")
@@ -281,6 +283,22 @@ def test_an_example_has_lists_as_users_expect():
     assert data[0]["prompt_ids"] == [3, 4]
     assert data[0]["rejected_ids"] == [6, 7]
     assert [list(x["chosen_ids"]) for x in data.__getitems__([0])] == [[5]]
+
+
+def test_a_full_disk_is_said_and_nothing_stays_half_written(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", random_rows(30))
+
+    def full(file, *_):
+        file.write(b"x" * 100)
+        assert list((tmp_path / "cache").rglob("*.part"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pa.ipc, "new_stream", full)
+    with pytest.raises(
+        OSError, match=r"^the disk of .*/dpo_fast is full, .* MB are left: .*--prune DAYS.*HF_DATASETS_CACHE"
+    ):
+        load_pairs(path, log=quiet, cache=True)
+    assert not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_what_killed_runs_left_goes_and_the_rest_by_age(tmp_path, capsys):

@@ -7,6 +7,7 @@ folder was last used. All of it is made again where it is missing.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import os
@@ -28,12 +29,29 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait, however long it takes, and one that is killed lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:  # closing it releases the lock
-        fcntl.flock(file, fcntl.LOCK_EX)
-        os.utime(path)
-        yield
+    """One process at a time; the others wait, however long it takes, and one that is killed lets go.
+
+    Raises OSError that says what to do where the disk is full, and keeps nothing half written then.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:  # closing it releases the lock
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.utime(path)
+            yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        for left in _left_in(path.parent):
+            left.unlink(missing_ok=True)
+        raise OSError(
+            f"the disk of {cache_folder()} is full, {shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are left: delete what is "
+            "not used (python -m dpo_fast.data.cache --prune DAYS), or set HF_DATASETS_CACHE to a folder of another disk"
+        ) from error
+
+
+def _left_in(folder: Path) -> list[Path]:
+    return [path for pattern in _TEMPORARY for path in folder.glob(pattern)]
 
 
 @contextlib.contextmanager
@@ -71,7 +89,7 @@ def sweep() -> int:
     """Delete what killed processes left half written, once per process; the number of files."""
     count = 0
     for lock in cache_folder().glob("*/lock"):
-        left = [path for pattern in _TEMPORARY for path in lock.parent.glob(pattern)]
+        left = _left_in(lock.parent)
         if not left:
             continue
         with _if_free(lock) as free:
