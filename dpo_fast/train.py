@@ -139,7 +139,7 @@ def run(argv: list[str]) -> int:
             say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args, part)}")
         return 0
     data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
-    if kept := cache.folders():
+    if not script.streaming and (kept := cache.folders()):
         say(f"rows and tokens are kept in {cache.cache_folder()}: {cache.megabytes(kept)} (see docs/data.md)")
     _train(run, script, args, tokenizer, data, resume, say)
     return 0

@@ -49,6 +49,21 @@ def test_examples_are_those_of_the_list(tmp_path, caplog):
         prepare(streamed([]), letters(), args, 100, "train")
 
 
+def test_a_dict_of_splits_is_refused(tmp_path):
+    for kind, data in ((datasets.DatasetDict, datasets.Dataset.from_list(tiny.pairs(4))), (dict, tiny.pairs(4))):
+        with pytest.raises(ValueError, match="the train data is a dict of 'train': pass one of its values"):
+            prepare(kind(train=data), None, config(tmp_path), 61, "train")
+
+
+def test_one_worker_reads(tmp_path, caplog):
+    """Each of several would read all rows."""
+    args = config(tmp_path, **{**ONLINE, "max_length": 100, "dataloader_num_workers": 2})
+    trainer = DPOTrainer(tiny.llama(), args=args, train_dataset=streamed(tiny.pairs(8)))
+    assert "one worker reads it" in caplog.text
+    seen = [i for batch in trainer.get_train_dataloader() for part in batch["parts"] for i in part.index.tolist()]
+    assert seen == list(range(8))
+
+
 def test_training_is_that_of_the_list(tmp_path):
     rows = tiny.pairs(16)
 
@@ -75,6 +90,7 @@ def test_training_is_that_of_the_list(tmp_path):
             "precompute_ref_log_probs is not supported with IterableDataset: .* cannot be computed",
         ),
         ({"tokens_per_step": 100, "per_device_train_batch_size": 8}, "streamed: tokens_per_step"),
+        ({"fsdp": True}, "streamed, so the reference is a second model, which is not sharded"),
         ({"max_length": 1024}, "the model has 128 positions .*set max_length to 128 at most"),
     ],
 )

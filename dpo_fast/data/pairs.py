@@ -57,6 +57,8 @@ def prepare(
     where no row is left, for a token outside the vocabulary, and for a pair larger than max_tokens_per_batch.
     """
     check = functools.partial(_checked, args=args, vocab_size=vocab_size, name=name, share=share or args.share)
+    if isinstance(rows, Mapping):
+        raise ValueError(f"the {name} data is a dict of {', '.join(map(repr, rows))}: pass one of its values")
     if isinstance(rows, StreamedPairs):
         return rows
     if name == "train" and is_stream(rows):

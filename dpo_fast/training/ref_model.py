@@ -48,6 +48,11 @@ def choose_reference(args, model, ref_model, sharded: bool, adapters: bool, stre
         )
     if adapters and ref_model is None:
         return ADAPTER
+    if sharded and streamed:
+        raise ValueError(
+            "the train data is streamed, so the reference is a second model, which is not sharded: train adapters (use_peft), "
+            "or load the data whole"
+        )
     if sharded:
         raise ValueError("precompute_ref_log_probs=False needs a second model, which is not sharded: leave it on")
     return MODEL
