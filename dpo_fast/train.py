@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from .cli.config_file import read_config
+from .data import cache
 from .data.readers import locate
 from .data.sources import Pairs, load_pairs, split_pairs
+from .data.streamed import SourceRows
 from .training import checkpoint
 from .training.run_lock import hold
 
@@ -60,7 +62,7 @@ def _explain(error: Exception) -> str:
         return f"{_package(error)} is not installed: pip install 'dpo_fast[train]'"
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: set max_tokens_per_batch or lower per_device_train_batch_size ({error})"
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error)
 
@@ -95,6 +97,7 @@ def run(argv: list[str]) -> int:
     """Train, or inspect the data, as the options say; `main` turns the errors into one line each."""
     # The file's `env` must be set before transformers is imported, which reads the environment.
     path, config = read_config(argv)
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     from .cli.parse import parse
@@ -105,6 +108,7 @@ def run(argv: list[str]) -> int:
     script, args, model_args = parse(argv, config, path)
     say = print if args.process_index == 0 else _say_nothing
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     if args.disable_tqdm or args.process_index:
         transformers_logging.disable_progress_bar()
     name = model_args.model_name_or_path
@@ -123,17 +127,20 @@ def run(argv: list[str]) -> int:
         tokenizer.chat_template = Path(model_args.chat_template_path).read_text()
     run = None
     if not script.inspect_data:
-        run = plan_run(
-            name, args, peft_config=model_args.peft_config(), quantization_config=model_args.quantization_config()
-        )
+        adapters, quantisation = model_args.peft_config(), model_args.quantization_config()
+        run = plan_run(name, args, peft_config=adapters, quantization_config=quantisation, streamed=script.streaming)
     pairs = _load_pairs(script, args, say)
-    if model_args.chat_template_path and all(isinstance(r["chosen"], str) for p in pairs.values() for r in p.rows):
+    if script.streaming:
+        pairs["train"] = prepare(pairs["train"], tokenizer, args, run.vocab_size, "train")
+    if model_args.chat_template_path and all(part.text for part in pairs.values()):
         raise ValueError("chat_template_path has no effect: the data is text, not messages")
     if script.inspect_data:
         for part, loaded in pairs.items():
             say(f"\n#### {part}\n\n{_inspect(loaded, tokenizer, args, part)}")
         return 0
     data = {part: prepare(loaded, tokenizer, args, run.vocab_size, part) for part, loaded in pairs.items()}
+    if not script.streaming and (kept := cache.folders()):
+        say(f"rows and tokens are kept in {cache.cache_folder()}: {cache.megabytes(kept)} (see docs/data.md)")
     _train(run, script, args, tokenizer, data, resume, say)
     return 0
 
@@ -167,7 +174,7 @@ def _resume(args) -> str | None:
     return checkpoint.find_checkpoint(known.get(str(value).lower(), value), args.output_dir)
 
 
-def _load_pairs(script, args, say) -> dict[str, Pairs]:
+def _load_pairs(script, args, say) -> dict[str, Pairs | SourceRows]:
     """The pairs to train on and, where the run evaluates, those to evaluate on."""
     from .cli.options import eval_sources, train_sources
 
@@ -178,13 +185,19 @@ def _load_pairs(script, args, say) -> dict[str, Pairs]:
         "log": say,
         "cache": True,
     }
-    pairs = {"train": load_pairs(train_sources(script), split=script.dataset_train_split, **common)}
+    sources, split = train_sources(script), script.dataset_train_split
+    if script.streaming:
+        say(f"streamed, in the order of the rows: {', '.join(source.path for source in sources)}")
+        pairs = {"train": SourceRows(sources, split, script.ranking_pairs)}
+    else:
+        pairs = {"train": load_pairs(sources, split=split, **common)}
     if args.do_eval and script.test_split_size is not None:
         pairs["train"], pairs["eval"] = split_pairs(pairs["train"], script.test_split_size, args.seed)
         say(f"held out: {len(pairs['eval'].rows)} pairs, {len(pairs['train'].rows)} are left to train on")
     elif args.do_eval:
         pairs["eval"] = load_pairs(eval_sources(script), split=script.dataset_test_split, **common)
-    ranked = any("completions" in layout for part in pairs.values() for layout in part.layout.values())
+    loaded = [part for part in pairs.values() if isinstance(part, Pairs)]
+    ranked = script.streaming or any("completions" in layout for part in loaded for layout in part.layout.values())
     if script.ranking_pairs != "all" and not ranked:
         raise ValueError(f"ranking_pairs={script.ranking_pairs} has no effect: no row holds ranked completions")
     return pairs

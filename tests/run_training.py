@@ -5,7 +5,8 @@ For tests that kill it or start several.
 The spec: `model` (folder), `options` (of DPOConfig), `train`, `eval` (rows), `resume` ("last": the last checkpoint, where
 there is one), `out` (where rank 0 writes the log history and the final weights), `dtype`, `kill_at` (see
 `kill_while_saving`), `kill_event` (see `kill_at_event`), `kill_rank_at` (a step after which rank 1 is killed, once), `lora` (of LoraConfig), `measure` (whether
-`out` tells the memory of the reference pass, see `weigh`), `evaluate_first`.
+`out` tells the memory of the reference pass, see `weigh`), `evaluate_first`, `streamed` (whether `train` is), `vision` (whether the
+model has a part for images), `quantised` (of BitsAndBytesConfig).
 """
 
 import gc
@@ -16,8 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
 
 from dpo_fast import DPOConfig, DPOTrainer
 from dpo_fast.train import leave
@@ -105,14 +107,20 @@ def main(path: str) -> None:
         kill_at_event(*spec["kill_event"])
     if spec["options"].get("fsdp"):
         shard_on_cpu()
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec.get("dtype", "float64")))
-    weights, seen = sum(p.numel() * p.element_size() for p in model.parameters()), []
+    weights, seen, model = 0, [], spec["model"]
+    if not spec.get("quantised"):
+        model = (AutoModelForImageTextToText if spec.get("vision") else AutoModelForCausalLM).from_pretrained(
+            spec["model"], dtype=getattr(torch, spec.get("dtype", "float64"))
+        )
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if spec.get("measure"):
         weigh(model, seen)
+    train = IterableDataset.from_generator(lambda: iter(spec["train"])) if spec.get("streamed") else spec["train"]
+    quantised = BitsAndBytesConfig(**spec["quantised"]) if spec.get("quantised") else None
     peft_config = LoraConfig(**spec["lora"]) if spec.get("lora") else None
     trainer = DPOTrainer(
-        model, args=DPOConfig(**spec["options"]), train_dataset=spec["train"], eval_dataset=spec.get("eval"),
-        peft_config=peft_config,
+        model, args=DPOConfig(**spec["options"]), train_dataset=train, eval_dataset=spec.get("eval"),
+        peft_config=peft_config, quantization_config=quantised,
     )  # fmt: skip
     memory = {"weights": weights, "reference": list(seen)}
     before = trainer.evaluate() if spec.get("evaluate_first") else None

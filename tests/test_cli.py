@@ -116,6 +116,18 @@ def no_loading(monkeypatch):
         (["--report_to", "nothing_known"], "nothing_known"),
         (["--max_length", "3"], "no pair is left of 10 rows"),
         (["--loss_type", "sigmod"], "sigmod"),
+        (["--streaming", "--max_steps", "-1"], "nobody knows where an epoch ends: set max_steps"),
+        (["--dataset_streaming", "--precompute_ref_log_probs"], "precompute_ref_log_probs is not supported with Itera"),
+        (["--streaming", "--dataset_weights", "2"], "dataset_weights and streaming exclude each other"),
+        (
+            ["--streaming", "--eval_strategy", "epoch", "--test_split_size", "2"],
+            "test_split_size and streaming exclude",
+        ),
+        (["--streaming", "--inspect_data"], "inspect_data and streaming exclude each other"),
+        (
+            ["--streaming", "--max_length", "3"],
+            "no usable pair in the train data, which is streamed; the first row left",
+        ),
     ],
 )
 def test_errors_end_as_one_line(arguments, changes, message, capsys):
@@ -141,12 +153,16 @@ def test_a_missing_back_end_is_an_error(arguments, tmp_path, missing, capsys):
 def test_data_errors_end_as_one_line(arguments, train_file, text, message, capsys):
     Path(train_file).write_text(text)
     assert message in failure(arguments, capsys)
+    if text:
+        assert message in failure([*arguments, "--streaming"], capsys)
 
 
 @pytest.mark.usefixtures("no_loading")
 def test_a_template_without_effect_is_an_error(arguments, tmp_path, capsys):
     (tmp_path / "t.jinja").write_text(TEMPLATE)
-    error = failure([*arguments, "--chat_template_path", str(tmp_path / "t.jinja")], capsys)
+    given = ["--chat_template_path", str(tmp_path / "t.jinja")]
+    assert "chat_template_path has no effect" in failure([*arguments, "--streaming", *given], capsys)
+    error = failure([*arguments, *given], capsys)
     assert "chat_template_path has no effect" in error
 
 
@@ -378,6 +394,25 @@ def test_the_back_end_reaches_the_head(arguments, tmp_path, recorded):
     assert not recorded
     assert main([*argv, "--backend", "recorded"]) == 0
     assert "residual_" in recorded
+
+
+def test_streamed_files_train_as_the_same_rows_in_memory(arguments, tmp_path, capsys):
+    """Of two files, one after the other, in their order; a row that is left out is named; no cache is written."""
+    from datasets import config
+
+    bad = {**PAIRS[0], "rejected": ""}
+    files = [write(tmp_path / "a.jsonl", [*PAIRS[:4], bad]), write(tmp_path / "b.jsonl", PAIRS[4:])]
+    cached = len(list(Path(config.HF_DATASETS_CACHE).glob("dpo_fast/*")))
+    common = [*arguments, "--dataset_name", *files, "--skip_bad_rows", "--learning_rate", "1e-2"]
+    assert main([*common, "--streaming", "--output_dir", str(tmp_path / "streamed")]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"dpo_fast: {files[0]} line 5 is left out, and maybe others: 'rejected' is empty\n"
+    assert f"streamed, in the order of the rows: {files[0]}, {files[1]}" in shown.out
+    assert len(list(Path(config.HF_DATASETS_CACHE).glob("dpo_fast/*"))) == cached
+    plain = ["--train_sampling_strategy", "sequential", "--no_precompute_ref_log_probs"]
+    assert main([*common, *plain, "--output_dir", str(tmp_path / "plain")]) == 0
+    got, want = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("streamed", "plain"))
+    assert got == want
 
 
 def test_in_one_process_only_the_run_is_printed(arguments, tmp_path, capsys, monkeypatch):

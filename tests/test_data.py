@@ -10,6 +10,7 @@ import pytest
 
 from dpo_fast.data.readers import DataError, Source
 from dpo_fast.data.sources import load_pairs, normalise_rows
+from dpo_fast.data.streamed import SourceRows
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
@@ -442,11 +443,12 @@ def test_hub_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def load_dataset(path, name, *, split):
+    def load_dataset(path, name, *, split, streaming):
         calls.append((path, name, split))
         if path == "org/none":
             raise ConnectionError("no network")
-        return datasets.Dataset.from_list([TEXT])
+        rows = datasets.Dataset.from_list([TEXT])
+        return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     pairs = load_pairs([Source("org/pairs-1.0", split="train_prefs", name="en"), "imdb"], split="test", log=quiet)
@@ -454,6 +456,9 @@ def test_hub_name(monkeypatch, tmp_path):
     assert calls == [("org/pairs-1.0", "en", "train_prefs"), ("imdb", None, "test")]
     with pytest.raises(DataError, match=r"org/none is neither a local path .*split 'train'.*no network"):
         load_pairs("org/none", log=quiet)
+    stream = SourceRows([Source("org/pairs-1.0", name="en"), Source("imdb", split="dev")], "test")
+    for _ in range(2):
+        assert list(stream) == [("org/pairs-1.0 test row 0", TEXT), ("imdb dev row 0", TEXT)]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Rows and tokens in Arrow files: the same as lists, made once, made again when what they depend on changes."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 datasets = pytest.importorskip("datasets")
@@ -13,6 +16,7 @@ pytest.importorskip("transformers")
 
 from test_tokenization import STRICT, TEMPLATE, bot, chat_row, letters, make_tokenizer, text_row, user  # noqa: E402
 
+from dpo_fast.data import cache as cache_files  # noqa: E402
 from dpo_fast.data import sources, tokenization  # noqa: E402
 from dpo_fast.data.examples import Examples, example_key  # noqa: E402
 from dpo_fast.data.pairs import PairDataset, prepare  # noqa: E402
@@ -279,3 +283,53 @@ def test_an_example_has_lists_as_users_expect():
     assert data[0]["prompt_ids"] == [3, 4]
     assert data[0]["rejected_ids"] == [6, 7]
     assert [list(x["chosen_ids"]) for x in data.__getitems__([0])] == [[5]]
+
+
+def test_a_full_disk_is_said_and_nothing_stays_half_written(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", random_rows(30))
+
+    def full(file, *_):
+        file.write(b"x" * 100)
+        assert list((tmp_path / "cache").rglob("*.part"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pa.ipc, "new_stream", full)
+    with pytest.raises(
+        OSError, match=r"^the disk of .*/dpo_fast is full, .* MB are left: .*--prune DAYS.*HF_DATASETS_CACHE"
+    ):
+        load_pairs(path, log=quiet, cache=True)
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_what_killed_runs_left_goes_and_the_rest_by_age(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", random_rows(30))
+    rows = load_pairs(path, log=quiet, cache=True).rows
+    tokenize_pairs(rows, letters(), log=quiet)
+    first, second = (folder.path for folder in cache_files.folders())
+    left = [first / "records.part", second / "tmpabc", second / "tmpdef"]
+    for file in left:
+        file.write_bytes(b"x" * 100)
+    cache_files.sweep.cache_clear()
+    with cache_files.locked(second / "lock"):  # somebody writes there
+        assert cache_files.sweep() == 1
+    assert [file.exists() for file in left] == [False, True, True]
+    cache_files.sweep.cache_clear()
+    write(tmp_path / "b.jsonl", random_rows(3))
+    load_pairs(str(tmp_path / "b.jsonl"), log=quiet, cache=True)  # the next run sweeps
+    assert not any(file.exists() for file in left)
+    third = cache_files.folders()[-1].path
+    week = time.time() - 7 * 86400
+    for folder in (first, second):
+        os.utime(folder / "lock", (week, week))
+    load_pairs(path, log=quiet, cache=True)  # uses the first
+    assert [f.path for f in cache_files.folders()] == [second, third, first]
+    assert cache_files.main(["--prune", "6"]) == 0
+    shown = capsys.readouterr().out
+    assert "deleted 1 folders" in shown
+    assert f"{tmp_path / 'cache/dpo_fast'}: " in shown
+    assert not second.exists()
+    assert [dict(r) for r in load_pairs(path, log=quiet, cache=True).rows] == list(rows)
+    assert [f.path for f in cache_files.prune(0)] == [third, first]
+    assert not list((tmp_path / "cache/dpo_fast/files").iterdir())
+    with pytest.raises(SystemExit):
+        cache_files.main(["--prune", "-1"])

@@ -165,6 +165,33 @@ def test_the_report_counts_what_training_computes(tmp_path, changes):
     assert trainer.state.num_input_tokens_seen == counts["packed"]
 
 
+def test_no_batch_is_made_before_it_is_counted(tmp_path, monkeypatch):
+    """Nor kept after it, nor more of them than are counted; a second pass has the same batches."""
+    from test_resume_agrees import options
+
+    from dpo_fast import DPOConfig
+    from dpo_fast.data import report as module
+    from dpo_fast.training.batches import training_batches
+
+    class Recorded(list):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    read, rows = [], Recorded(pairs_per_prompt(32))
+    batches = training_batches(rows, DPOConfig(**options(tmp_path, per_device_train_batch_size=4)))
+    assert len(batches) == 8
+    assert not read
+    passed = iter(batches)
+    next(passed)
+    assert len(read) == 4
+    assert list(batches) == list(batches)
+    monkeypatch.setattr(module, "BATCHES", 3)
+    read.clear()
+    assert "== Tokens in the first 3 of 8 batches" in report(Pairs(), TokenizedPairs(list(rows)), Letters(), batches)
+    assert len(read) == 12
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="no tokenized pair"):
         report(Pairs(), TokenizedPairs(), Letters(), [])

@@ -16,7 +16,7 @@ from dpo_fast.training import config, unused
 
 # For each option of REFUSED a value that it does not take.
 OTHER = {
-    "dataset_streaming": True, "streaming": True, "lora_task_type": "SEQ_CLS", "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
+    "lora_task_type": "SEQ_CLS", "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
     "average_tokens_across_devices": False, "parallelism_config": "x",
 }  # fmt: skip
 
@@ -29,11 +29,6 @@ def test_every_refused_option_is_tried():
 def test_refused_options_are_named(name):
     with pytest.raises(ValueError, match=name):
         parsed(**{name: OTHER[name], "use_peft": True})
-
-
-def test_refused_options_are_named_together():
-    with pytest.raises(ValueError, match=r" streaming=True .*, lora_task_type='SEQ_CLS' .*remove them"):
-        parsed(streaming=True, lora_task_type="SEQ_CLS", use_peft=True)
 
 
 # For each option of UNUSED a value that is not its default.

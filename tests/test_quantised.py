@@ -11,7 +11,9 @@ pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
 import tiny
 import tokenizers
 from peft import LoraConfig, PeftModel
-from test_resume import options
+from test_distributed import FSDP, spec, start
+from test_resume import history, options
+from test_sharded import SHARDED
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from dpo_fast import DPOConfig, DPOTrainer
@@ -96,6 +98,47 @@ def test_the_checkpoint_loads_in_peft_and_resumes(folder, tmp_path):
     again.train(resume_from_checkpoint=str(folder / "whole/checkpoint-2"))
     for (name, a), b in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.slow
+def test_codes_in_shards_are_one_process_and_resume(folder):
+    """FSDP2 shards codes that are stored as numbers of its own type; others stay whole on every rank."""
+    common = {
+        "lora": {**LORA, "init_lora_weights": True},
+        "ref_cache_dir": None,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
+    stored = {"quantised": {**FOUR, "bnb_4bit_quant_storage": "float32"}, **common}
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    start(1, spec(folder, "codes_one", 1, **stored))
+    start(
+        2,
+        spec(folder, "codes_two", 2, **SHARDED, **stored, **saved),
+        spec(folder, "codes_whole", 2, **SHARDED, **common, quantised=FOUR),
+        spec(folder, "codes_again", 2, **SHARDED, **stored, resume=str(folder / "codes_two_run/checkpoint-2")),
+    )
+    want, wanted = torch.load(folder / "codes_one.pt", weights_only=True), history(folder, "codes_one")
+    for name in ("codes_two", "codes_whole", "codes_again"):
+        got = torch.load(folder / f"{name}.pt", weights_only=True)
+        for key in (k for k in want if "lora_" in k):
+            torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5)
+        assert [row["loss"] for row in history(folder, name) if "loss" in row] == pytest.approx(
+            [row["loss"] for row in wanted if "loss" in row], rel=1e-5
+        )
+
+
+def test_what_shards_would_change_is_said_before_the_weights_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+
+    def refused(match, quantised, **changes):
+        args = DPOConfig(**options(tmp_path / "run", ref_cache_dir=None, **FSDP, **changes))
+        given = {"peft_config": LoraConfig(**LORA), "quantization_config": BitsAndBytesConfig(**quantised)}
+        with pytest.raises(ValueError, match=match):
+            DPOTrainer(str(folder / "model"), args=args, train_dataset=tiny.pairs(4), **given)
+
+    half = {**FOUR, "bnb_4bit_quant_storage": "float16"}
+    refused("casts what it gathers to bfloat16, codes too: set bnb_4bit_quant_storage=bfloat16", half, bf16=True)
+    refused("cannot shard weights in 8 bits", {"load_in_8bit": True})
 
 
 def test_what_cannot_be_is_said_before_the_weights_are_read(folder, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     start(
         2,
         spec(folder, "two", 2, ref_cache_dir=str(folder / "ref_two"), measure=True, **SHARDED, **SPLIT),
-        spec(folder, "lora_two", 2, **SHARDED, **LORAS, **halves),
+        spec(folder, "lora_two", 2, **{**SHARDED, "gradient_checkpointing": True}, **LORAS, **halves),
         spec(folder, "three", 2, per_device_train_batch_size=3, **SAVED),
     )
     return folder

@@ -14,7 +14,7 @@ from trainer_tools import config, weights  # noqa: E402
 from dpo_fast import DPOTrainer  # noqa: E402
 from dpo_fast.data.pairs import prepare  # noqa: E402
 
-ONLINE = {"precompute_ref_log_probs": False, "max_steps": 4, "per_device_train_batch_size": 4}
+ONLINE = {"max_steps": 4, "per_device_train_batch_size": 4}
 
 
 def streamed(rows):
@@ -49,11 +49,29 @@ def test_examples_are_those_of_the_list(tmp_path, caplog):
         prepare(streamed([]), letters(), args, 100, "train")
 
 
+def test_a_dict_of_splits_is_refused(tmp_path):
+    for kind, data in ((datasets.DatasetDict, datasets.Dataset.from_list(tiny.pairs(4))), (dict, tiny.pairs(4))):
+        with pytest.raises(ValueError, match="the train data is a dict of 'train': pass one of its values"):
+            prepare(kind(train=data), None, config(tmp_path), 61, "train")
+
+
+def test_one_worker_reads(tmp_path, caplog):
+    """Each of several would read all rows."""
+    args = config(tmp_path, **{**ONLINE, "max_length": 100, "dataloader_num_workers": 2})
+    trainer = DPOTrainer(tiny.llama(), args=args, train_dataset=streamed(tiny.pairs(8)))
+    assert "one worker reads it" in caplog.text
+    seen = [i for batch in trainer.get_train_dataloader() for part in batch["parts"] for i in part.index.tolist()]
+    assert seen == list(range(8))
+
+
 def test_training_is_that_of_the_list(tmp_path):
     rows = tiny.pairs(16)
 
     def run(name, data, resume=None, **changes):
-        args = config(tmp_path / name, **{**ONLINE, "max_length": 100, "optim": "adamw_torch", **changes})
+        args = config(
+            tmp_path / name,
+            **{**ONLINE, "precompute_ref_log_probs": False, "max_length": 100, "optim": "adamw_torch", **changes},
+        )
         trainer = DPOTrainer(tiny.llama(), tiny.llama(seed=1), args, train_dataset=data)
         trainer.train(resume_from_checkpoint=resume)
         return weights(trainer.model)
@@ -68,10 +86,11 @@ def test_training_is_that_of_the_list(tmp_path):
     [
         ({"max_steps": -1}, "the train data is streamed, so nobody knows where an epoch ends: set max_steps"),
         (
-            {"precompute_ref_log_probs": None},
+            {"precompute_ref_log_probs": True},
             "precompute_ref_log_probs is not supported with IterableDataset: .* cannot be computed",
         ),
         ({"tokens_per_step": 100, "per_device_train_batch_size": 8}, "streamed: tokens_per_step"),
+        ({"fsdp": True}, "streamed, so the reference is a second model, which is not sharded"),
         ({"max_length": 1024}, "the model has 128 positions .*set max_length to 128 at most"),
     ],
 )

@@ -3,7 +3,7 @@
 import random
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 VOCABULARY = 61
 
@@ -19,6 +19,22 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Llama
         }
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(dtype)
+
+
+def llava(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """`llama` beside a vision tower, which text does not use."""
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "image_size": 8, "patch_size": 4, "projection_dim": 16,
+    }  # fmt: skip
+    text = llama().config.to_dict()
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=VOCABULARY - 1)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)

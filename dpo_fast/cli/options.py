@@ -1,6 +1,6 @@
 """The options of `python -m dpo_fast.train` beside DPOConfig's: TRL's names and defaults, and which of them go together.
 
-Options of TRL 1.16 that dpo_fast cannot honour are in `REFUSED`, here (model and script) and in config.py (training): a
+Options of TRL 1.16 that dpo_fast cannot honour are in `REFUSED`, here (model) and in config.py (training): a
 value other than the default is an error that names the option. Options that change no number in their combination are not
 used (`unused`).
 """
@@ -19,6 +19,7 @@ from ..data.readers import Source
 from ..training.config import DPOConfig
 from ..training.quantised import bits_and_bytes
 from ..training.unused import unused_options
+from ..training.value_checks import check_streamed
 from .unknown import unknown
 
 
@@ -35,15 +36,18 @@ class ScriptArguments:
     dataset_config: str | None = _option(None, "Configuration of a hub data set.")
     dataset_train_split: str = _option("train", "Split of directories and hub data sets to train on.")
     dataset_test_split: str = _option("test", "Split of directories and hub data sets to evaluate on.")
-    dataset_streaming: bool = _option(False, "Refused.")
+    dataset_streaming: bool = _option(False, "The same as streaming.")
     dataset_weights: list[float] | None = _option(None, "One per data set: 2 repeats its pairs, 0.5 takes half.")
     datasets: list[str] | None = _option(None, "In YAML: a list of {path, name, split}, instead of dataset_name.")
-    streaming: bool = _option(False, "Refused.")
+    streaming: bool = _option(False, "Read training pairs as they are needed, in their order; with max_steps.")
     test_split_size: float | None = _option(None, "Pairs to hold out: a share below 1, or a number.")
     eval_dataset_name: list[str] | None = _option(None, "Files, directories or hub names to evaluate on.")
     ranking_pairs: str = _option("all", "Pairs of ranked completions.", choices=list(RANKING_PAIRS))
     inspect_data: bool = _option(False, "Print what the trainer would see of the data, and stop.")
     ignore_bias_buffers: bool = _option(False, "Leave boolean buffers out of DistributedDataParallel's broadcast.")
+
+    def __post_init__(self):
+        self.streaming = self.streaming or self.dataset_streaming
 
 
 @dataclasses.dataclass
@@ -115,9 +119,13 @@ class ModelArguments:
 
 # name -> why only the default is accepted; another value would change what is computed
 REFUSED = {
-    "dataset_streaming": "the data's length must be known: download it first",
-    "streaming": "the data's length must be known: download it first",
     "lora_task_type": "only causal language models are trained",
+}
+# name -> why streaming excludes it
+UNSTREAMED = {
+    "dataset_weights": "a stream has no number of pairs to take a share of; name a data set twice, or leave one out",
+    "test_split_size": "a stream has no number of pairs to take a share of; give --eval_dataset_name",
+    "inspect_data": "the report is of all pairs; leave streaming out for it",
 }
 QUANTISATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 HUB = ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
@@ -166,6 +174,8 @@ def unused(values: Mapping, defaults: Mapping) -> dict[str, str]:
     if not evaluates(values):
         names = ["eval_dataset_name", "eval_steps", "eval_on_start", "eval_delay"]
         idle([*names, *(["dataset_test_split"] if values["test_split_size"] is None else [])], "without evaluation")
+    if values["streaming"] or values["dataset_streaming"]:
+        idle(["dataset_num_proc"], "with streaming")
     if values["test_split_size"] is not None:
         idle(["dataset_test_split"], "beside test_split_size")
     idle(OLD_UNUSED, "")
@@ -176,13 +186,8 @@ def unused(values: Mapping, defaults: Mapping) -> dict[str, str]:
 
 def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> None:
     """Check what needs no file. Raises ValueError, naming every option that cannot be honoured."""
-    refused = [
-        f"{name}={getattr(values, name)!r} ({REFUSED[name]})"
-        for values in (script, args, model)
-        for name in changed(values, REFUSED)
-    ]
-    if refused:
-        raise ValueError(f"dpo_fast cannot honour {', '.join(refused)}: remove {'it' if len(refused) == 1 else 'them'}")
+    for name in changed(model, REFUSED):
+        raise ValueError(f"dpo_fast cannot honour {name}={getattr(model, name)!r} ({REFUSED[name]}): remove it")
     if model.load_in_4bit and model.load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit exclude each other: drop one")
     if not model.model_name_or_path:
@@ -192,6 +197,10 @@ def check(script: ScriptArguments, args: DPOConfig, model: ModelArguments) -> No
     if script.datasets:
         for name in changed(script, ("dataset_name", "dataset_config", "dataset_train_split")):
             raise ValueError(f"{name} has no effect beside datasets, whose entries have path, name and split: drop one")
+    if script.streaming:
+        check_streamed(args)
+        for name in changed(script, UNSTREAMED):
+            raise ValueError(f"{name} and streaming exclude each other: {UNSTREAMED[name]}")
     if script.test_split_size is not None:
         size = script.test_split_size
         if not (0 < size < 1 or (size >= 1 and size == int(size))):

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .cache import cache_folder, locked, sweep
 from .examples import FIELDS, SCHEMA, Examples, to_table
-from .store import Rows, cache_folder, code_digest, digest_of, locked
+from .store import Rows, code_digest, digest_of
 from .tokens import ROWS_A_CALL, TokenizedPairs, Tokens, check_tokenizer, tokens_of, truncated_row
 
 _COUNTS = ("truncated", "identical", "double_bos")
@@ -83,6 +84,7 @@ def _mapped(parts: list, function: Callable, content, num_proc: int | None, prog
     import datasets
 
     made = []
+    sweep()
     for part in parts:
         name = digest_of([part._fingerprint, content, what, code_digest()])
         # Rows in memory stay there; for others the folder of the user's data is not written into.

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from ..forest.packing import check_fits
 from .examples import FIELDS, Examples
-from .streamed import StreamedPairs
+from .streamed import StreamedPairs, is_stream
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +52,18 @@ def prepare(
 ) -> PairDataset | StreamedPairs:
     """`rows` (datasets.Dataset, list of mappings, `Pairs`, `TokenizedPairs` or `PairDataset`) as a new PairDataset.
 
-    A datasets.IterableDataset of training rows becomes `StreamedPairs`.
+    A datasets.IterableDataset of training rows, or `SourceRows`, becomes `StreamedPairs`.
     `share` is what the model can share (default: what was asked for). Raises ValueError for rows that cannot be used,
     where no row is left, for a token outside the vocabulary, and for a pair larger than max_tokens_per_batch.
     """
-    import datasets
-
     check = functools.partial(_checked, args=args, vocab_size=vocab_size, name=name, share=share or args.share)
-    if name == "train" and isinstance(rows, datasets.IterableDataset):
-        return _streamed(rows, tokenizer, args, vocab_size, check)
+    if isinstance(rows, Mapping):
+        raise ValueError(f"the {name} data is a dict of {', '.join(map(repr, rows))}: pass one of its values")
     if isinstance(rows, StreamedPairs):
         return rows
+    if name == "train" and is_stream(rows):
+        options = {name: getattr(args, name) for name in ("max_length", "truncation_mode", "skip_bad_rows")}
+        return StreamedPairs(rows, tokenizer, options | {"vocab_size": vocab_size}, name, check)
     examples = getattr(rows, "examples", None)
     if examples is None:
         examples = _tokenize(rows, tokenizer, args, vocab_size, name)
@@ -85,20 +86,6 @@ def _checked(examples: Examples, first: int = 0, *, args, vocab_size: int | None
     if args.max_tokens_per_batch is not None:
         check_fits(examples.pair_tokens(share), args.max_tokens_per_batch)
     return _with_label_noise(examples, args, name, first)
-
-
-def _streamed(rows, tokenizer, args, vocab_size: int | None, check) -> StreamedPairs:
-    """Raises ValueError for what needs the number of pairs."""
-    if args.max_steps <= 0:
-        raise ValueError("the train data is streamed, so nobody knows where an epoch ends: set max_steps")
-    if args.tokens_per_step is not None:
-        raise ValueError(
-            "the train data is streamed: tokens_per_step puts pairs of all the data together, leave it out"
-        )
-    if args.world_size > 1:
-        raise ValueError("the train data is streamed, which works in one process only: load it without streaming")
-    options = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "vocab_size": vocab_size}
-    return StreamedPairs(rows, tokenizer, options | {"skip_bad_rows": args.skip_bad_rows}, "train", check)
 
 
 def _with_label_noise(examples: Examples, args, name: str, first: int) -> Examples:

@@ -52,16 +52,19 @@ def locate(source: Source, split: str = "train") -> list[Path] | None:
     return None
 
 
-def read_source(source: Source, split: str) -> Iterator[tuple[str, object]]:
-    """(place, row) of every row, or (place, BadRowError) for a line that is not a row."""
-    return open_source(source, split)[1]
+def read_source(source: Source, split: str, streaming: bool = False) -> Iterator[tuple[str, object]]:
+    """(place, row) of every row, or (place, BadRowError) for a line that is not a row. streaming: see `open_source`."""
+    return open_source(source, split, streaming)[1]
 
 
-def open_source(source: Source, split: str) -> tuple[object, Iterator[tuple[str, object]]]:
-    """What names the content of a source (called: a JSON-able value), and the rows as `read_source` gives them."""
+def open_source(source: Source, split: str, streaming: bool = False) -> tuple[object, Iterator[tuple[str, object]]]:
+    """What names the content of a source (called: a JSON-able value), and the rows as `read_source` gives them.
+
+    streaming: rows of the hub are fetched as they are asked for, nothing is stored, and the content has no name.
+    """
     files = locate(source, split)
     if files is None:
-        return _open_hub(source, split)
+        return _open_hub(source, split, streaming)
     located = (row for file in files for row in _reader(file)(file))
     return lambda: _digests(files), located
 
@@ -138,12 +141,12 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         yield f"{path} row {i}", row
 
 
-def _open_hub(source: Source, split: str) -> tuple[object, Iterator[tuple[str, object]]]:
+def _open_hub(source: Source, split: str, streaming: bool) -> tuple[object, Iterator[tuple[str, object]]]:
     import datasets
 
     split = source.split or split
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=split)
+        rows = datasets.load_dataset(source.path, source.name, split=split, streaming=streaming)
     except Exception as error:  # hub, network and builder errors share no base class
         raise DataError(
             f"{source.path} is neither a local path ({Path(source.path).absolute()}) nor could it be loaded from the "

@@ -3,10 +3,14 @@
 The batches and the forests that are counted are those of training.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from ..forest.packing import PrefixForest
+from .examples import Examples
 from .sources import Pairs
 from .tokens import TokenizedPairs
 
@@ -21,32 +25,31 @@ def report(
     pairs: Pairs,
     tokenized: TokenizedPairs,
     tokenizer,
-    batches: list[list[list[dict]]],
-    by_pairs: list[list[list[dict]]] | None = None,
+    batches: Collection[list[list[Mapping]]],
+    by_pairs: Collection[list[list[Mapping]]] | None = None,
 ) -> str:
     """Layouts, one decoded pair, lengths, what is lost, and tokens per pass with each way of batching.
 
     by_pairs: where `batches` are filled to a budget of tokens, those of a number of pairs, to compare.
 
     batches: the examples batch by batch in training's order, each batch as the groups that go through the model
-        together; the first `BATCHES` are counted. All lengths and sums are in tokens.
+        together; the first `BATCHES` are counted, one after the other. All lengths and sums are in tokens.
     Raises ValueError without examples.
     """
     if not tokenized.examples:
         raise ValueError("no tokenized pair to report on")
-    counted = batches[:BATCHES]
+    counts, sizes = _counted(batches)
     which = "all batches of an epoch" if len(batches) <= BATCHES else f"the first {BATCHES} of {len(batches):,} batches"
-    most = max(sum(map(len, batch)) for batch in counted)
     sections = [
         ("Layout", _layout(pairs, tokenized)),
         ("First pair", _first_pair(tokenized.examples[0], tokenizer)),
         ("Lengths (tokens)", _lengths(tokenized.examples)),
         ("Left out", _left_out(pairs, tokenized)),
         ("Warnings", "\n".join(tokenized.warnings) or "none"),
-        (f"Tokens in {which} (of {most} pairs, in training's order)", _savings(counted)),
+        (f"Tokens in {which} (of {max(sizes)} pairs, in training's order)", _savings(counts)),
     ]
     if by_pairs is not None:
-        sections.append(("Tokens with tokens_per_step", _compared(counted, by_pairs[:BATCHES])))
+        sections.append(("Tokens with tokens_per_step", _compared((counts, sizes), _counted(by_pairs))))
     return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
 
 
@@ -68,20 +71,21 @@ def _first_pair(example: dict, tokenizer) -> str:
 
 
 def _lengths(examples: Sequence[Mapping]) -> str:
-    lengths = {side: [len(e[f"{side}_ids"]) for e in examples] for side in ("prompt", "chosen", "rejected")}
+    columns = Examples.of(examples)
+    lengths = {side: columns.lengths(f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
     parts = [f"{side}: {_histogram(values)}" for side, values in lengths.items()]
-    total = {side: sum(values) for side, values in lengths.items()}
+    total = {side: int(values.sum()) for side, values in lengths.items()}
     share = 2 * total["prompt"] / (2 * total["prompt"] + total["chosen"] + total["rejected"])
     return "\n".join([*parts, f"prompt tokens: {share:.1%} of all tokens (the prompt counts once for each completion)"])
 
 
-def _histogram(values: list[int]) -> str:
+def _histogram(values: np.ndarray) -> str:
     """Smallest, median and largest value, then one bar for each of up to BINS ranges of equal width."""
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[-1]
+    ordered = np.sort(values)
+    low, high = int(ordered[0]), int(ordered[-1])
     width = max(1, -(-(high - low + 1) // BINS))
-    counts = Counter((value - low) // width for value in values)
-    tallest = max(counts.values())
+    counts = np.bincount((ordered - low) // width).tolist()
+    tallest = max(counts)
     lines = [f"min {low}, median {ordered[len(ordered) // 2]}, max {high}"]
     for i in range((high - low) // width + 1):
         start = low + i * width
@@ -103,8 +107,19 @@ def _left_out(pairs: Pairs, tokenized: TokenizedPairs) -> str:
     return "\n".join(lines) or "no row dropped"
 
 
-def _savings(batches: list[list[list[dict]]]) -> str:
-    counts = count_tokens(batches)
+def _counted(batches: Iterable[list[list[Mapping]]]) -> tuple[dict[str, int], list[int]]:
+    """`count_tokens` of the first batches, and the pairs of each of them."""
+    sizes: list[int] = []
+
+    def measured():
+        for batch in itertools.islice(batches, BATCHES):
+            sizes.append(sum(map(len, batch)))
+            yield batch
+
+    return count_tokens(measured()), sizes
+
+
+def _savings(counts: dict[str, int]) -> str:
     padded, packed = counts["padded"], counts["packed"]
     lines = [f"{'padded':<16} {padded:>12,}", f"{'packed':<16} {packed:>12,}  {padded / packed:.2f}x fewer than padded"]
     for name in ("prompt shared", "prefix shared"):
@@ -114,17 +129,16 @@ def _savings(batches: list[list[list[dict]]]) -> str:
     return "\n".join(lines)
 
 
-def _compared(by_tokens: list[list[list[dict]]], by_pairs: list[list[list[dict]]]) -> str:
-    """Tokens per pair that the trunk computes, with the budget and without."""
+def _compared(by_tokens, by_pairs) -> str:
+    """Of what `_counted` found: tokens per pair that the trunk computes, with the budget and without."""
     lines, found = [], []
-    for name, batches in (("with", by_tokens), ("without", by_pairs)):
-        sizes = [sum(map(len, batch)) for batch in batches]
-        found.append(count_tokens(batches)["prefix shared"] / sum(sizes))
+    for name, (counts, sizes) in (("with", by_tokens), ("without", by_pairs)):
+        found.append(counts["prefix shared"] / sum(sizes))
         lines.append(f"{name:<8} {found[-1]:>10.1f} per pair, {min(sizes)} to {max(sizes)} pairs in a batch")
     return "\n".join([*lines, f"{1 - found[0] / found[1]:.1%} of the tokens saved"])
 
 
-def count_tokens(batches: list[list[list[dict]]]) -> dict[str, int]:
+def count_tokens(batches: Iterable[list[list[Mapping]]]) -> dict[str, int]:
     """Tokens of all batches: padded to the longest of a batch, packed one after the other, and as the trunk computes
     them with `share="prompt"` and `share="prefix"` (the last token of a sequence predicts nothing and is left out)."""
     counts = dict.fromkeys(("padded", "packed", "prompt shared", "prefix shared"), 0)

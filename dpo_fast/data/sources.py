@@ -19,11 +19,12 @@ from .readers import DataError, Source, dataset_key, open_source
 
 @dataclasses.dataclass
 class Pairs:
-    """Normalised rows, the layout found in each source, and (place, reason) of every row that was left out."""
+    """Normalised rows, the layout found in each source, (place, reason) of every row left out, and whether rows are text."""
 
     rows: Sequence[dict] = dataclasses.field(default_factory=list)
     layout: dict[str, str] = dataclasses.field(default_factory=dict)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    text: bool = False
 
 
 def load_pairs(
@@ -114,6 +115,7 @@ def split_pairs(pairs: Pairs, size: float, seed: int = 0) -> tuple[Pairs, Pairs]
 
 
 def _check_usable(pairs: Pairs, kinds: dict[str, str]) -> None:
+    """Raises DataError; sets `text`."""
     if not pairs.rows:
         why = f"; the first of {len(pairs.dropped)} left out is {': '.join(pairs.dropped[0])}" if pairs.dropped else ""
         raise DataError(f"no pair to train on in {', '.join(pairs.layout) or 'an empty list of sources'}{why}")
@@ -122,6 +124,7 @@ def _check_usable(pairs: Pairs, kinds: dict[str, str]) -> None:
             f"text and messages are mixed: {kinds['text']} is text, {kinds['messages']} is messages. Give all rows as "
             "messages (the chat template applies) or all as text (nothing is added but the EOS)"
         )
+    pairs.text = "text" in kinds
 
 
 def _weighted(rows: Sequence[dict], weight: float, rng: random.Random) -> Sequence[dict]:

@@ -1,12 +1,9 @@
 """Normalised pairs in an Arrow file that is mapped, not read: made once per content of the sources, then found again.
 
 A record is a row of a source that was used or left out: `place`, and either `pair` (JSON), `layout`, `text` (else
-messages) and `prompt` (16 bytes, equal for equal prompts), or `reason`. Files lie below the cache folder of `datasets`
-(HF_DATASETS_CACHE), one folder per content, as the tokens made of them do (mapped.py); each is safe to delete.
+messages) and `prompt` (16 bytes, equal for equal prompts), or `reason`. Where the files lie is in cache.py.
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -16,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from .cache import cache_folder, locked, sweep
 
 _SCHEMA = pa.schema(
     [
@@ -105,6 +104,7 @@ def stored(key, records: Callable[[], Iterable[dict]]) -> Stored:
 
     name = digest_of([code_digest(), key])
     path = cache_folder() / name / "records.arrow"
+    sweep()
     with locked(path.parent / "lock"):
         if not path.exists():
             temporary = path.with_suffix(".part")
@@ -131,28 +131,12 @@ def _batches(records: Iterable[dict]) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_pylist(batch, _SCHEMA)
 
 
-# Where files lie, and what they are named by.
+# What files are named by.
 
 
 def digest_of(value) -> str:
     """32 hex digits of a JSON-able value."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where everything of this module and of mapped.py lies."""
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_fast"
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait, however long it takes, and one that is killed lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:  # closing it releases the lock
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def content_digest(path: Path) -> str:

@@ -1,13 +1,13 @@
-"""`StreamedPairs`: a `datasets.IterableDataset` of rows, normalised and tokenised as they come."""
+"""`StreamedPairs`: rows of a `datasets.IterableDataset`, or of files and the hub, normalised and tokenised as they come."""
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch.utils.data import IterableDataset
 
 from .examples import FIELDS, Examples
-from .readers import DataError
+from .readers import DataError, Source, read_source
 from .sources import records
 from .tokens import check_tokenizer, tokens_of, truncated_row
 
@@ -16,13 +16,54 @@ _ROWS = 64  # that are read and tokenised together
 _HEAD = 16  # pairs that are looked at before training
 
 
+class SourceRows:
+    """(place, row) of every row of `sources`, one source after the other, read again in every pass.
+
+    `split` holds for directories and hub names whose Source names none.
+    """
+
+    def __init__(self, sources: list[Source], split: str = "train", ranking_pairs: str = "all"):
+        self.sources, self.split, self.ranking_pairs = sources, split, ranking_pairs
+
+    def __iter__(self) -> Iterator[tuple[str, object]]:
+        for source in self.sources:
+            yield from read_source(source, self.split, streaming=True)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: every pass has the order of the files."""
+
+
+class _DatasetRows:
+    """The same of a `datasets.IterableDataset`, whose rows may also be ids."""
+
+    ranking_pairs = "all"
+
+    def __init__(self, rows, name: str):
+        self.rows, self.name = rows, name
+
+    def __iter__(self) -> Iterator[tuple[str, object]]:
+        return ((f"{self.name} row {i}", row) for i, row in enumerate(self.rows))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order, where the stream is shuffled."""
+        self.rows.set_epoch(epoch)
+
+
+def is_stream(rows) -> bool:
+    """Whether rows are read while the model trains on them."""
+    import datasets
+
+    return isinstance(rows, datasets.IterableDataset | SourceRows | StreamedPairs)
+
+
 class StreamedPairs(IterableDataset):
     """Examples as `PairDataset` gives them, in the stream's order, without a length; `index` counts them.
 
-    rows: a `datasets.IterableDataset` of rows of any layout, or with ids. options: those of `tokens.tokens_of`.
+    rows: a `datasets.IterableDataset` of rows of any layout, or with ids; or `SourceRows`. options: those of `tokens.tokens_of`.
     check: gives back the examples of a few rows, counted from its second argument, or raises ValueError.
-    `examples` are the first pairs, for what is checked before training. With skip_bad_rows the first row that is left out
-    is named in a warning, and `dropped` lists those of the present pass.
+    `examples` are the first pairs, for what is checked before training, and `text` says whether they are text, not
+    messages (None: ids). With skip_bad_rows the first row that is left out is named in a warning, and `dropped` lists
+    those of the present pass.
 
     Raises DataError where the stream begins with no usable pair.
     """
@@ -30,28 +71,35 @@ class StreamedPairs(IterableDataset):
     computed = False  # see PairDataset
 
     def __init__(self, rows, tokenizer, options: dict, name: str, check: Callable[[Examples, int], Examples]):
-        self.rows, self.tokenizer, self.options, self.name, self.check = rows, tokenizer, options, name, check
+        self.rows = rows if isinstance(rows, SourceRows) else _DatasetRows(rows, name)
+        self.tokenizer, self.options, self.name, self.check = tokenizer, options, name, check
         self.max_length: int | None = options["max_length"]
         self.dropped: list[tuple[str, str]] = []
+        self.text: bool | None = None
         self._noise: bool | None = None  # whether pairs have a p_chosen
-        self._text: bool | None = None  # whether rows are text, not messages
+        self._named = True  # whether a row that is left out was named; an error below names one itself
         head = list(itertools.islice(self, _HEAD))
         if not head:
-            raise DataError(f"no usable pair in the {name} data, which is streamed")
-        self.examples = Examples.of(head)
+            why = f"; the first row left out is {': '.join(self.dropped[0])}" if self.dropped else ""
+            raise DataError(f"no usable pair in the {name} data, which is streamed{why}")
+        self.examples, self._named = Examples.of(head), False
+        self._name_dropped()
 
     def set_epoch(self, epoch: int) -> None:
         """Another order, where the stream is shuffled."""
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
-        first, index, self.dropped = 0, 0, []
+        index, self.dropped = 0, []
         stream = iter(self.rows)
-        while rows := list(itertools.islice(stream, _ROWS)):
-            made = (
-                self._with_ids(rows, first) if all(key in rows[0] for key in FIELDS) else self._tokenised(rows, first)
+        while located := list(itertools.islice(stream, _ROWS)):
+            first = located[0][1]
+            ids = (
+                isinstance(self.rows, _DatasetRows)
+                and isinstance(first, Mapping)
+                and all(key in first for key in FIELDS)
             )
-            first += len(rows)
+            made = self._with_ids(located) if ids else self._tokenised(located)
             if not made:
                 continue
             examples = self.check(Examples.of(made), index)
@@ -63,29 +111,27 @@ class StreamedPairs(IterableDataset):
                 yield example | {"index": index}
                 index += 1
 
-    def _with_ids(self, rows: list[dict], first: int) -> list[dict]:
+    def _with_ids(self, located: list[tuple[str, dict]]) -> list[dict]:
         cut = {name: self.options[name] for name in ("max_length", "truncation_mode")}
-        places = [f"{self.name} row {first + i}" for i in range(len(rows))]
-        return self._kept(places, [truncated_row(r, p, **cut) for r, p in zip(rows, places, strict=True)])
+        return self._kept([place for place, _ in located], [truncated_row(row, place, **cut) for place, row in located])
 
-    def _tokenised(self, rows: list[dict], first: int) -> list[dict]:
+    def _tokenised(self, located: list[tuple[str, object]]) -> list[dict]:
         if self.tokenizer is None:
             raise ValueError(f"the {self.name} data is text: pass processing_class (the tokenizer)")
         pairs, places = [], []
-        located = ((f"{self.name} row {first + i}", row) for i, row in enumerate(rows))
-        for record in records(located, "all", self.options["skip_bad_rows"]):
+        for record in records(located, self.rows.ranking_pairs, self.options["skip_bad_rows"]):
             if "reason" in record:
                 self._drop(record["place"], record["reason"])
                 continue
             pairs.append(record["pair"])
             places.append(record["place"])
             text = isinstance(record["pair"]["chosen"], str)
-            if self._text not in (None, text):
+            if self.text not in (None, text):
                 raise DataError(f"text and messages are mixed: {record['place']} is the first of the other kind")
-            self._text = text
+            self.text = text
         if not pairs:
             return []
-        check_tokenizer(self.tokenizer, self._text, not self._text)
+        check_tokenizer(self.tokenizer, self.text, not self.text)
         return self._kept(places, tokens_of(pairs, places, self.tokenizer, **self.options))
 
     def _kept(self, places, found) -> list[dict]:
@@ -98,6 +144,10 @@ class StreamedPairs(IterableDataset):
         return made
 
     def _drop(self, place: str, reason: str) -> None:
-        if not self.dropped:
-            logger.warning("%s is left out, and maybe others: %s", place, reason)
         self.dropped.append((place, reason))
+        self._name_dropped()
+
+    def _name_dropped(self) -> None:
+        if self.dropped and not self._named:
+            logger.warning("%s is left out, and maybe others: %s", *self.dropped[0])
+            self._named = True

@@ -1,6 +1,6 @@
 """The pairs of a run's forward passes, computed without a model: `--inspect_data` counts them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -10,20 +10,41 @@ from ..forest.batch import ForestCollator
 from .token_batches import TokenBatches
 
 
-def training_batches(examples: Sequence[Mapping], args, by_tokens: bool = True) -> list[list[list[Mapping]]]:
+class Batches:
+    """Batches one after the other, each as the groups that go through the model together; none is kept.
+
+    sampler: makes an iterable of lists of indices with a length, anew for every pass.
+    """
+
+    def __init__(self, examples: Sequence[Mapping], sampler: Callable, args):
+        self.examples, self.sampler, self.args = examples, sampler, args
+
+    def __len__(self) -> int:
+        return len(self.sampler())
+
+    def __iter__(self) -> Iterator[list[list[Mapping]]]:
+        collator = ForestCollator(self.args.share, max_tokens=self.args.max_tokens_per_batch)
+        for batch in self.sampler():
+            yield collator.split([self.examples[i] for i in batch])
+
+
+def training_batches(examples: Sequence[Mapping], args, by_tokens: bool = True) -> Batches:
     """The micro-batches of the first epoch, in training's order, each as the groups that go through the model together.
 
     The sampler is the one with which accelerate replaces transformers' own. Ranks take these batches in turns.
     by_tokens: follow tokens_per_step where it is set; False: batches of per_device_train_batch_size pairs.
     """
     if by_tokens and args.tokens_per_step is not None:
-        return _groups(examples, token_batches(Examples.of(examples), args.share, args), args)
-    if _in_order(args):
-        sampler = SequentialSampler(examples)
-    else:
-        sampler = SeedableRandomSampler(examples, data_seed=_seed(args))
-    batches = BatchSampler(sampler, args.per_device_train_batch_size, args.dataloader_drop_last)
-    return _groups(examples, batches, args)
+        filled = token_batches(Examples.of(examples), args.share, args)
+        return Batches(examples, lambda: filled, args)
+
+    def sampler() -> BatchSampler:
+        order = (
+            SequentialSampler(examples) if _in_order(args) else SeedableRandomSampler(examples, data_seed=_seed(args))
+        )
+        return BatchSampler(order, args.per_device_train_batch_size, args.dataloader_drop_last)
+
+    return Batches(examples, sampler, args)
 
 
 def batch_budget(args) -> int:
@@ -46,11 +67,7 @@ def _seed(args) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def evaluation_batches(examples: Sequence[Mapping], args) -> list[list[list[Mapping]]]:
+def evaluation_batches(examples: Sequence[Mapping], args) -> Batches:
     """The batches of an evaluation, with the pairs in their given order."""
-    return _groups(examples, BatchSampler(SequentialSampler(examples), args.per_device_eval_batch_size, False), args)
-
-
-def _groups(examples, batches, args):
-    collator = ForestCollator(args.share, max_tokens=args.max_tokens_per_batch)
-    return [collator.split([examples[i] for i in batch]) for batch in batches]
+    sampler = BatchSampler(SequentialSampler(examples), args.per_device_eval_batch_size, False)
+    return Batches(examples, lambda: sampler, args)

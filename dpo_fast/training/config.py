@@ -106,7 +106,7 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Compute the reference's log-probs once, before training, into a cache on disk. "
-            "Default: on for full fine-tuning, off with PEFT, sync_ref_model or a loss without a reference."
+            "Default: on for full fine-tuning, off with PEFT, streaming, sync_ref_model or a loss without a reference."
         },
     )
     precompute_ref_batch_size: int | None = field(
@@ -210,9 +210,6 @@ class DPOConfig(TrainingArguments):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         # Without an accelerator there is only the CPU, and transformers demands use_cpu=True before it computes in bf16.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.ddp_find_unused_parameters is None:
-            # As transformers has it under checkpointing; each step uses every parameter, and to look for others takes time.
-            self.ddp_find_unused_parameters = False
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = int(torch.cuda.is_available() and not self.use_cpu)
         check_numbers(self)

@@ -226,7 +226,7 @@ class RunLife(Trainer):
 
         Raises ValueError and writes nothing where a weight is not finite. Raises OSError where the disk is full.
         """
-        if not weights_are_finite(self.model.parameters(), self.accelerator):
+        if not weights_are_finite(self.model, self.accelerator):
             raise ValueError(
                 f"the weights hold nan or inf after step {self.state.global_step}, so they are not saved. "
                 f"{self._kept()}. Lower the learning rate"

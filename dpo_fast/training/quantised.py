@@ -5,7 +5,7 @@ The base is frozen, so the reference is the same quantised base without adapters
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -59,6 +59,34 @@ def check_adapters_train(quantisation, config, adapters: bool) -> None:
         raise ValueError(
             "quantised weights are frozen, so there is nothing to train: add adapters (use_peft, or peft_config)"
         )
+
+
+def check_shards(quantisation, config, args) -> None:
+    """Raise ValueError for quantised weights, by request or in their files, that FSDP2 cannot shard unchanged."""
+    found = quantisation or getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    options = found if isinstance(found, Mapping) else found.to_dict()
+    if options.get("load_in_8bit"):
+        raise ValueError(
+            "FSDP cannot shard weights in 8 bits, whose scales lie beside them: set load_in_4bit, or leave fsdp out"
+        )
+    storage = str(options.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    cast = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    if options.get("load_in_4bit") and "float" in storage and cast not in (None, storage):
+        raise ValueError(
+            f"bnb_4bit_quant_storage={storage}, and FSDP casts what it gathers to {cast}, codes too: set "
+            f"bnb_4bit_quant_storage={cast}"
+        )
+
+
+def numbers(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters that are no codes. A shard of 4-bit codes looks like numbers; its module knows better."""
+    for module in model.modules():
+        codes = getattr(module, "quant_state", None) is not None
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (codes and name == "weight") and not is_quantised(parameter):
+                yield parameter
 
 
 def settle(model: torch.nn.Module) -> torch.nn.Module:

@@ -23,8 +23,10 @@ logger = logging.getLogger(__name__)
 NONE, CACHED, MODEL, ADAPTER = "none", "cached", "model", "adapter"
 
 
-def choose_reference(args, model, ref_model, sharded: bool, adapters: bool) -> str:
-    """How the run gets its reference log-probs. Raises ValueError for a combination that cannot work."""
+def choose_reference(args, model, ref_model, sharded: bool, adapters: bool, streamed: bool = False) -> str:
+    """How the run gets its reference log-probs; of `streamed` pairs in every step, unless asked otherwise.
+
+    Raises ValueError for a combination that cannot work."""
     adapters = adapters or hasattr(model, "disable_adapter")
     if not LossOptions.of(args).has_reference:
         if ref_model is not None:
@@ -36,7 +38,7 @@ def choose_reference(args, model, ref_model, sharded: bool, adapters: bool) -> s
         raise ValueError("sync_ref_model needs a whole second model: it works with neither PEFT nor FSDP or DeepSpeed")
     wanted = args.precompute_ref_log_probs
     if wanted is None:
-        wanted = not adapters and not args.sync_ref_model
+        wanted = not (adapters or args.sync_ref_model or streamed)
     if wanted:
         return CACHED
     if (args.ref_cache_dir or args.precompute_ref_batch_size) and args.process_index == 0:
@@ -46,6 +48,11 @@ def choose_reference(args, model, ref_model, sharded: bool, adapters: bool) -> s
         )
     if adapters and ref_model is None:
         return ADAPTER
+    if sharded and streamed:
+        raise ValueError(
+            "the train data is streamed, so the reference is a second model, which is not sharded: train adapters (use_peft), "
+            "or load the data whole"
+        )
     if sharded:
         raise ValueError("precompute_ref_log_probs=False needs a second model, which is not sharded: leave it on")
     return MODEL

@@ -11,7 +11,7 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.pairs import PairDataset, prepare
-from ..data.streamed import StreamedPairs
+from ..data.streamed import StreamedPairs, is_stream
 from ..forest.gate import Plan, base_model, has_aux_loss, plan_model
 from ..forest.head import output_layer
 from ..forest.model import own_config, prepare_model, restore_model
@@ -20,10 +20,12 @@ from .checkpointing import choose
 from .config import DPOConfig
 from .dropout import no_dropout, random_router
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
-from .quantised import check_adapters_train, choose_quantisation, weight_count
+from .quantised import check_adapters_train, check_shards, choose_quantisation, weight_count
 from .ref_model import ADAPTER, CACHED, MODEL, choose_reference, frozen_copy, has_trained_adapters, keep_start_adapters
-from .sharding import refuse_zero3
+from .sharding import refuse_tensor_parallel, refuse_zero3
 from .start_checks import check_finite, check_positions
+from .unused_weights import may_stay_unused
+from .value_checks import check_streamed
 
 logger = logging.getLogger(__name__)
 
@@ -41,31 +43,43 @@ class RunPlan:
     quantization_config: Any = None  # transformers' BitsAndBytesConfig
 
 
-def plan_run(model, args: DPOConfig, ref_model=None, peft_config=None, quantization_config=None) -> RunPlan:
+def plan_run(
+    model, args: DPOConfig, ref_model=None, peft_config=None, quantization_config=None, streamed: bool = False
+) -> RunPlan:
     """Check that this model, reference and adapters can be trained together. A model given by name is built without weights.
+
+    streamed: whether the training pairs will be a stream (data/streamed.py).
 
     Raises ValueError for what cannot work together, and for a model that no path computes correctly.
     """
     if is_deepspeed_zero3_enabled():
         refuse_zero3()
     by_name = isinstance(model, str)
+    modules = (m for m in (model, ref_model) if isinstance(m, torch.nn.Module))
+    refuse_tensor_parallel(*modules, options=args.model_init_kwargs)
     quantisation = choose_quantisation(quantization_config, args, by_name)
     base = adapter_base(model, args) if by_name else None
     adapters = peft_config is not None or base is not None
     if peft_config is not None:
         check_adapters(peft_config)
-    reference = choose_reference(args, model, ref_model, is_sharded(args), adapters=adapters)
+    reference = choose_reference(args, model, ref_model, is_sharded(args), adapters, streamed)
+    if streamed:
+        check_streamed(args, reference == CACHED)
     if by_name:
         empty = empty_model(base or model, args)
         with torch.device("meta"):
             check_adapters_train(quantisation, empty.config, adapters)
+            config = empty.config
             path, head = plan_model(empty), empty.get_output_embeddings()
             add_adapters(empty, peft_config)
     else:
         for config in getattr(model, "peft_config", {}).values():
             check_adapters(config)
         restore_model(model)
+        config = getattr(base_model(model), "config", None)
         path, head = plan_model(base_model(model)), base_model(model).get_output_embeddings()
+    if shards_weights(args):
+        check_shards(quantisation, config, args)
     return RunPlan(model, ref_model, peft_config, path, head.weight.shape[0], reference, quantisation)
 
 
@@ -93,6 +107,13 @@ class Setup:
 
 def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> Setup:
     """Load, wrap and check what `plan_run` planned. Raises ValueError for what cannot work together."""
+    if is_stream(train_rows):
+        check_streamed(args, run.reference == CACHED)
+        # accelerate's default for streams takes batches of tensors alone.
+        args.accelerator_config.dispatch_batches = False
+        if args.dataloader_num_workers > 1:
+            logger.warning("the train data is streamed: one worker reads it (dataloader_num_workers=1)")
+            args.dataloader_num_workers = 1
     set_seed(args.seed)  # adapters start at random
     model, ref_model, reference = run.model, run.ref_model, run.reference
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -137,17 +158,10 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     datasets = eval_rows if isinstance(eval_rows, dict) else {"eval": eval_rows}
     prepared = {k: prepare(v, tokenizer, args, vocab_size, k, share) for k, v in datasets.items() if v is not None}
     train = None if train_rows is None else prepare(train_rows, tokenizer, args, vocab_size, "train", share)
-    if isinstance(train, StreamedPairs) and reference == CACHED:
-        raise ValueError(
-            "the train data is streamed, and precompute_ref_log_probs is not supported with IterableDataset: the reference's "
-            "log-probs cannot be computed before training. Set it to False (a second model in memory), or train adapters"
-        )
-    if isinstance(train, StreamedPairs):
-        args.accelerator_config.dispatch_batches = (
-            False  # accelerate's default for streams takes batches of tensors alone
-        )
     check_positions(base_model(model), {**prepared, **({} if train is None else {"train": train})})
     checkpointing = choose(model, ref_model, plan, args, train, share, is_sharded(args))
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = may_stay_unused(model)
     if args.gradient_checkpointing and hasattr(model, "disable_adapter"):
         model.enable_input_require_grads()
     return Setup(
@@ -194,8 +208,16 @@ def aux_coefficient(model, args: DPOConfig) -> float:
 
 def is_sharded(args: DPOConfig) -> bool:
     """Whether FSDP or DeepSpeed will own the weights."""
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return bool(args.fsdp or args.deepspeed or any(os.environ.get(f, "false").lower() == "true" for f in flags))
+    return shards_weights(args) or bool(args.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def shards_weights(args: DPOConfig) -> bool:
+    """Whether FSDP will."""
+    return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def flop_counter(model: torch.nn.Module, head: torch.nn.Module) -> Callable[[float, float, float], float]:

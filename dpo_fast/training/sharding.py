@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 _PLAN = (
     "fsdp=true with fsdp_config={'version': 2, 'transformer_layer_cls_to_wrap': [the model's decoder layer], "
@@ -19,6 +21,25 @@ def refuse_zero3() -> None:
         "ZeRO-3 gathers weights when a layer is called, and the head's weight is read without such a call: leave deepspeed "
         f"out and set {_PLAN} (docs/scale.md); ZeRO-1 and ZeRO-2 are supported"
     )
+
+
+def refuse_tensor_parallel(*models, options=None) -> None:
+    """Raise ValueError for weights that are split over ranks before training, or would be by from_pretrained's `options`.
+
+    Ranks of one tensor-parallel group would need the same pairs in every pass, and each would count them.
+    """
+    names = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
+    asked = [name for name in names if (options or {}).get(name) is not None]
+    for model in models:
+        # What an earlier run has sharded is its own affair.
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            continue
+        asked += [name for name, p in model.named_parameters() if isinstance(p, DTensor)][:1]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: the weights are split over ranks that compute one pass together (tensor parallelism), "
+            f"which is not trained here: leave it out; for weights that do not fit one GPU set {_PLAN} (docs/scale.md)"
+        )
 
 
 def is_fsdp2(accelerator) -> bool:

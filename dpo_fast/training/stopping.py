@@ -9,7 +9,7 @@ from collections import deque
 import torch
 from transformers import TrainerCallback
 
-from .quantised import is_quantised
+from .quantised import numbers
 
 logger = logging.getLogger(__name__)
 TERMINATED = 128 + signal.SIGTERM  # the exit status that shells and schedulers know
@@ -152,9 +152,9 @@ def gradients_are_finite(parameters, accelerator) -> bool:
     return _finite((p.grad for p in parameters if p.grad is not None), accelerator)
 
 
-def weights_are_finite(parameters, accelerator) -> bool:
+def weights_are_finite(model, accelerator) -> bool:
     """Whether all weights are finite, on all ranks; waits for the device."""
-    return _finite((p for p in parameters if not is_quantised(p)), accelerator)
+    return _finite(numbers(model), accelerator)
 
 
 def _finite(tensors, accelerator) -> bool:

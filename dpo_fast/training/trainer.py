@@ -11,6 +11,7 @@ import copy
 import torch
 
 from ..data.pairs import PairDataset, prepare
+from ..data.streamed import is_stream
 from ..forest.batch import ForestCollator, padded_tokens
 from ..forest.model import prepare_model
 from . import metrics
@@ -36,7 +37,7 @@ class DPOTrainer(Reporting):
         log-probs are neither precomputed nor computed by switching adapters off.
     train_dataset, eval_dataset: rows in any layout of `dpo_fast.data` (datasets.Dataset or list of mappings) or rows
         with `prompt_ids`, `chosen_ids` and `rejected_ids`; `eval_dataset` may be a dict of several. `train_dataset` may
-        also be a datasets.IterableDataset, with max_steps and a reference that is computed in every step.
+        also be a datasets.IterableDataset, with max_steps; its reference is computed in every step.
     processing_class: the tokenizer. If left out, it is loaded from the model's folder.
     peft_config: wraps the model in adapters.
     quantization_config: transformers' BitsAndBytesConfig, for a frozen base in 4 or 8 bits under adapters.
@@ -66,11 +67,12 @@ class DPOTrainer(Reporting):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required (or eval_dataset, to evaluate alone)")
         args = args or DPOConfig()
-        if args.gradient_checkpointing is None:
+        if args.gradient_checkpointing is None or args.ddp_find_unused_parameters is None:
             args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
-        run = (
-            model if isinstance(model, RunPlan) else plan_run(model, args, ref_model, peft_config, quantization_config)
-        )
+        run = model
+        if not isinstance(model, RunPlan):
+            streamed = is_stream(train_dataset)
+            run = plan_run(model, args, ref_model, peft_config, quantization_config, streamed)
         self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
         self.share = self.setup.share
         super().__init__(

@@ -99,6 +99,25 @@ def check_tokens_per_step(args) -> None:
         raise ValueError("tokens_per_step gives batches of unequal size, which DeepSpeed's engine counts itself")
 
 
+def check_streamed(args, precomputed: bool = False) -> None:
+    """Raise ValueError for what a stream of training pairs, whose number nobody knows, cannot have.
+
+    precomputed: whether the reference's log-probs are computed before training.
+    """
+    if args.max_steps <= 0:
+        raise ValueError("the train data is streamed, so nobody knows where an epoch ends: set max_steps")
+    if args.tokens_per_step is not None:
+        raise ValueError(
+            "the train data is streamed: tokens_per_step puts pairs of all the data together, leave it out"
+        )
+    if precomputed:
+        raise ValueError(
+            "the train data is streamed, and precompute_ref_log_probs is not supported with IterableDataset: the reference's "
+            "log-probs cannot be computed before training. Set it to False (a second model in memory), or train adapters "
+            "(use_peft)"
+        )
+
+
 def check_reference(args) -> None:
     """Raise ValueError for options of the reference that exclude each other or are out of range."""
     if args.sync_ref_model and args.precompute_ref_log_probs:
