@@ -17,7 +17,7 @@ RUNNERS = {
         None,
     ),
     "axolotl": ("axolotl", "pip install axolotl==0.19.0 (it pins trl 1.9: an environment of its own)", None),
-    "torchtune": ("torchtune", "pip install torchtune==0.6.1 torchao==0.15.0", None),
+    "torchtune": ("torchtune", "pip install torchtune==0.6.1 torchao==0.15.0 (its recipes want torchvision too)", None),
     "liger": ("liger_kernel", "pip install liger-kernel==0.8.5", "LIGER_CHECKOUT"),
     "cross_entropy": ("torch", "", "CUT_CROSS_ENTROPY_CHECKOUT"),
 }
