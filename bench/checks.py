@@ -42,9 +42,9 @@ GROUPS = (
         "tests/test_op_table.py::test_op[dpo_loss: discopop, two pairs-bfloat16-triton on cuda]",
         "tests/test_op_table.py::test_op[dpo_loss: a power of two-bfloat16-triton on cuda]",
         "tests/test_kernels.py::test_scale[-0.3-torch.bfloat16]",
-        "tests/test_kernels.py::test_in_place_and_strided[101-3]",
-        "tests/test_kernels.py::test_same_bits_twice",
-        "tests/test_kernels.py::test_many_programs_at_once[mixed]",
+        "tests/test_kernels_dpo.py::test_in_place_and_strided[101-3]",
+        "tests/test_kernels_dpo.py::test_same_bits_twice",
+        "tests/test_kernels_dpo.py::test_many_programs_at_once[mixed]",
     ),
     (
         "tests/test_cuda_attention.py::test_flash_on_a_forest[shape0-None-dtype0]",

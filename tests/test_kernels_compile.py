@@ -14,6 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="no triton on this machine")
 from dpo_fast.kernels import dpo, logps  # noqa: E402
+from dpo_fast.kernels.pair_losses import PAIR_LOSSES  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -85,7 +86,7 @@ def cases(arch):
     for dtype in TYPES:
         yield f"scale_ {dtype}", lambda t=dtype: logps.scale_(meta(N, 1000, dtype=TYPES[t]), meta(1))
     # A loss is a few scalar instructions per pair: every one on one architecture.
-    for name in dpo.PAIR_LOSSES if arch == 90 else ("discopop",):
+    for name in PAIR_LOSSES if arch == 90 else ("discopop",):
         yield f"dpo_fused {v} bf16 {name}", lambda name=name: fused(v, "bf16", name, meta(()))
 
 
