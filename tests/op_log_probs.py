@@ -20,10 +20,6 @@ from op_inputs import (
 )
 from op_options import (
     BATCHES,
-    BF16,
-    F16,
-    F32,
-    F64,
     FROZEN,
     FULL,
     HEADS,
@@ -35,7 +31,7 @@ from op_options import (
     Op,
     merged,
 )
-from op_samples import LENGTHS, SHORT, SIDES, Row
+from op_samples import BF16, F16, F32, F64, LENGTHS, SHORT, SIDES, Row
 
 import dpo_fast
 from dpo_fast import reference

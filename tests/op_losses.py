@@ -3,10 +3,6 @@
 from op_inputs import ALL_IGNORED, HEAD, LAYOUTS, apart, ignore, masked, other_index, peaked
 from op_options import (
     BATCHES,
-    BF16,
-    F16,
-    F32,
-    F64,
     FROZEN,
     FULL,
     HEADS,
@@ -18,7 +14,7 @@ from op_options import (
     Op,
     merged,
 )
-from op_samples import LENGTHS, SIDES, Row
+from op_samples import BF16, F16, F32, F64, LENGTHS, SIDES, Row
 
 import dpo_fast
 from dpo_fast import reference

@@ -1,4 +1,4 @@
-"""What the rows of the table of ops (op_table.py) are made of: an op, its options by name, types."""
+"""What the rows of the table of ops (op_table.py) are made of: an op, its options by name."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,6 @@ from op_samples import Row
 
 from dpo_fast import reference
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 STATISTICS = tuple(reference.STATISTICS)
 NEEDS = [n for k in range(4) for n in itertools.combinations(("hidden", "weight", "bias"), k)]
 FROZEN, TRAINED = ("hidden",), ("hidden", "weight", "bias")
