@@ -1,6 +1,10 @@
-"""A candidates file for the tests of labels."""
+"""A candidates file for the tests of labels, and the store of one."""
 
 import json
+
+import pytest
+
+from dpo_fast.loop.store import LabelStore
 
 
 def candidates(path, prompts=4, completions=2, **changes):
@@ -14,3 +18,16 @@ def candidates(path, prompts=4, completions=2, **changes):
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def store_of(annotators=(), **shape):
+    """A fixture: an open store of a candidates file of this `shape`, with annotators of these names."""
+
+    @pytest.fixture
+    def store(tmp_path):
+        with LabelStore(tmp_path / "l.sqlite", candidates(tmp_path / "c.jsonl", **shape)) as made:
+            for name in annotators:
+                made.add_annotator(name)
+            yield made
+
+    return store

@@ -15,17 +15,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the page needs the extra [loop]")
 
-from label_tools import candidates
+from label_tools import candidates, store_of
 
 from dpo_fast.annotate import main
 from dpo_fast.loop.server import PageOptions, PageServer, is_loopback, mark_differences
-from dpo_fast.loop.store import LabelStore
 
-
-@pytest.fixture
-def store(tmp_path):
-    with LabelStore(tmp_path / "l.sqlite", candidates(tmp_path / "c.jsonl")) as made:
-        yield made
+store = store_of()
 
 
 def ask(url, body=None):

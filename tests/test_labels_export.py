@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from label_tools import candidates
+from label_tools import store_of
 
 pytest.importorskip("crowdkit", reason="agreement and reliability need the extra [loop]")
 
@@ -14,17 +14,11 @@ from dpo_fast.loop.imports import import_labels, recognise
 from dpo_fast.loop.items import make_items
 from dpo_fast.loop.store import LabelStore
 
+store = store_of(("ann", "bob", "cleo"), completions=3)
+
 
 def quiet(_):
     pass
-
-
-@pytest.fixture
-def store(tmp_path):
-    with LabelStore(tmp_path / "l.sqlite", candidates(tmp_path / "c.jsonl", completions=3)) as made:
-        for name in ("ann", "bob", "cleo"):
-            made.add_annotator(name)
-        yield made
 
 
 def test_export_is_what_the_trainer_reads(tmp_path, store):

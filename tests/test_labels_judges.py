@@ -5,19 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from label_tools import candidates
+from label_tools import store_of
 from tiny import llama, sequence_logp
 
 from dpo_fast.loop.judges import run_judge
 from dpo_fast.loop.scoring import implicit_margins, pair_logps
 from dpo_fast.loop.selection import select
-from dpo_fast.loop.store import LabelStore
 
-
-@pytest.fixture
-def store(tmp_path):
-    with LabelStore(tmp_path / "l.sqlite", candidates(tmp_path / "c.jsonl", prompts=5, completions=3)) as made:
-        yield made
+store = store_of(prompts=5, completions=3)
 
 
 def quiet(_):

@@ -6,17 +6,13 @@ import threading
 from collections import Counter
 
 import pytest
-from label_tools import candidates
+from label_tools import store_of
 
 from dpo_fast.loop.judges import run_judge
 from dpo_fast.loop.llm_judge import read_verdict
 from dpo_fast.loop.store import LabelStore
 
-
-@pytest.fixture
-def store(tmp_path):
-    with LabelStore(tmp_path / "l.sqlite", candidates(tmp_path / "c.jsonl", prompts=5, completions=3)) as made:
-        yield made
+store = store_of(prompts=5, completions=3)
 
 
 def quiet(_):

@@ -10,20 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from label_tools import candidates
+from label_tools import candidates, store_of
 
 from dpo_fast.loop import store as store_module
 from dpo_fast.loop.items import fingerprint, in_rounds, make_items, read_candidates
 from dpo_fast.loop.store import LabelStore
 
-
-@pytest.fixture
-def store(tmp_path):
-    made = LabelStore(tmp_path / "labels.sqlite", candidates(tmp_path / "candidates.jsonl"))
-    for name in ("ann", "bob", "cleo"):
-        made.add_annotator(name)
-    with made:
-        yield made
+store = store_of(("ann", "bob", "cleo"))
 
 
 def test_items_are_the_pairs_that_can_be_trained_on():
@@ -44,7 +37,7 @@ def test_order_is_one_pair_per_prompt_before_a_second_one(tmp_path):
 
 
 def test_a_labels_file_knows_its_candidates(tmp_path, store):
-    first, other = tmp_path / "candidates.jsonl", candidates(tmp_path / "other.jsonl", prompts=5)
+    first, other = tmp_path / "c.jsonl", candidates(tmp_path / "other.jsonl", prompts=5)
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("".join(reversed(first.read_text().splitlines(keepends=True))))
     LabelStore(store.path, shuffled).close()
