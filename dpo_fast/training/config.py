@@ -20,13 +20,12 @@ from ..backends import BACKENDS, resolve
 from ..forest.packing import SHARE_MODES
 from ..loss_options import SFT_MEANS
 from ..loss_table import LOSSES
-from ..losses import LossOptions, check_label_smoothing
+from ..losses import LossOptions
 from ..ops import WORKSPACE_BYTES
 from .handed_on import check_schedule
+from .label_noise import check_label_noise, check_p_chosen
 from .unused import sentence, set_back, unused_options
 from .value_checks import check_evaluation, check_numbers, check_on_nan, check_reference, check_tokens_per_step
-
-LABEL_NOISE = ("smoothing", "weight", "ignore")
 
 logger = logging.getLogger(__name__)
 
@@ -233,10 +232,7 @@ class DPOConfig(TrainingArguments):
             logger.warning(sentence(unused))
         self._refuse()
         check_schedule(self)
-        if self.label_noise not in (None, *LABEL_NOISE):
-            raise ValueError(f"label_noise={self.label_noise!r} is not one of {', '.join(LABEL_NOISE)}")
-        if self.label_noise == "smoothing":
-            self._refuse_number_beside_p_chosen()
+        check_label_noise(self)
         weighted = self.use_weighting or self.label_noise == "weight"
         soft = self.label_noise == "smoothing"
         LossOptions.of(self).check(pair_weights=weighted, ld_alpha=self.ld_alpha, soft_labels=soft)
@@ -250,27 +246,9 @@ class DPOConfig(TrainingArguments):
             logger.warning("liger_kernel_config: %s is left off, the head is dpo_fast's own", ", ".join(asked))
         self.liger_kernel_config = {**given, **dict.fromkeys(LIGER_HEADS, False)}
 
-    def _refuse_number_beside_p_chosen(self) -> None:
-        if self.label_smoothing != LossOptions.label_smoothing:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} and the smoothing of each pair by p_chosen exclude each other: leave "
-                "label_smoothing out, or set label_noise to weight or ignore"
-            )
-
     def check_p_chosen(self, values: list[float], name: str) -> None:
         """Raise ValueError where the loss cannot take these values of the column p_chosen of the `name` data."""
-        if self.label_noise == "weight":
-            return
-        self._refuse_number_beside_p_chosen()
-        options = LossOptions.of(self)
-        try:
-            options.check(soft_labels=True)
-            check_label_smoothing(1 - torch.tensor(values, dtype=torch.float64), options)
-        except ValueError as error:
-            raise ValueError(
-                f"the {name} data has a column p_chosen (label_smoothing = 1 - p_chosen): {error}; or set label_noise to "
-                "weight or ignore"
-            ) from None
+        check_p_chosen(self, values, name)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
