@@ -37,8 +37,8 @@ test: setup
 OLDEST := .venv-oldest
 OLDEST_TESTS := test_model_families test_model_calls test_model_refusals test_model_wrappers test_start_checks \
 	test_aux_loss test_dropout test_rope_regimes test_head_adapters test_load test_attention test_protocol \
-	test_trainer test_trainer_evaluation test_trainer_reference test_trainer_adapters test_cli test_options \
-	test_options_without_effect test_option_sources
+	test_trainer test_trainer_evaluation test_trainer_reference test_trainer_adapters test_cli test_cli_errors \
+	test_options test_options_without_effect test_option_sources
 
 $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
