@@ -19,7 +19,7 @@ if "HF_DATASETS_CACHE" not in os.environ:
 # For runs beside others of the same tests (fuzz_tools.py).
 settings.register_profile("short")
 # pytest does this for test files by itself; it must come before these modules are imported.
-pytest.register_assert_rewrite("bench_tools", "cli_tools", "forest_tools", "kernel_tools", "model_tools")
+pytest.register_assert_rewrite("bench_tools", "cli_tools", "disk_tools", "forest_tools", "kernel_tools", "model_tools")
 
 settings.register_profile(
     "long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)

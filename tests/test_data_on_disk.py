@@ -1,23 +1,16 @@
-"""Rows and tokens in Arrow files: the same as lists, made once, made again when what they depend on changes."""
+"""Rows and tokens in Arrow files are the same as lists. When they are made again, and kept: test_data_cache.py."""
 
-import errno
-import json
-import multiprocessing
-import os
 import pickle
-import time
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
-from test_tokenization import STRICT, TEMPLATE, bot, chat_row, letters, make_tokenizer, text_row, user  # noqa: E402
+from disk_tools import cache, fields, made_examples, quiet, random_rows, write  # noqa: E402, F401 - cache is a fixture
+from test_tokenization import STRICT, bot, chat_row, letters, make_tokenizer, text_row, user  # noqa: E402
 
-from dpo_fast.data import cache as cache_files  # noqa: E402
-from dpo_fast.data import sources, tokenization  # noqa: E402
+from dpo_fast.data import tokenization  # noqa: E402
 from dpo_fast.data.examples import Examples, example_key  # noqa: E402
 from dpo_fast.data.pairs import PairDataset, prepare  # noqa: E402
 from dpo_fast.data.readers import DataError, Source  # noqa: E402
@@ -25,41 +18,6 @@ from dpo_fast.data.sources import load_pairs, split_pairs  # noqa: E402
 from dpo_fast.data.tokenization import tokenize_pairs  # noqa: E402
 from dpo_fast.forest.batch import ForestCollator  # noqa: E402
 from dpo_fast.forest.packing import pair_tokens  # noqa: E402
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def quiet(_):
-    pass
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def random_rows(n, seed=0):
-    """Text of random letters; every third prompt is repeated, every fourth row long, every fifth has a p_chosen."""
-    rng = np.random.default_rng(seed)
-
-    def word():
-        return "".join(rng.choice(list(LETTERS), rng.integers(1, 12)))
-
-    rows = [text_row(word(), word(), word() * (8 if i % 4 == 0 else 1)) for i in range(n)]
-    for i, row in enumerate(rows):
-        row["prompt"] = rows[i // 3 * 3]["prompt"]
-        row["chosen"] += str(i)  # never equal to the rejected one
-        row |= {"p_chosen": i / n} if i % 5 == 0 else {}
-    return rows
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def fields(example):
-    return {k: x.tolist() if isinstance(x, np.ndarray) else x for k, x in example.items() if k != "index"}
 
 
 def same_batches(ours, theirs, share):
@@ -72,18 +30,6 @@ def same_batches(ours, theirs, share):
             assert equal, name
         for x, y in ((a.ref_logps, b.ref_logps), (a.p_chosen, b.p_chosen)):
             assert x is y is None or (x.equal(y) and x.dtype == y.dtype)
-
-
-def made_examples():
-    """Of both truncation modes, so that some have another rejected prompt; one has no prompt."""
-    rows = random_rows(40)
-    made = [
-        example
-        for mode in ("keep_start", "keep_end")
-        for example in tokenize_pairs(rows, letters(), max_length=20, truncation_mode=mode, log=quiet).examples
-    ]
-    assert any("rejected_prompt_ids" in example for example in made)
-    return [*made, {"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [3, 5, 6]}]
 
 
 def test_examples_are_those_of_the_lists():
@@ -141,27 +87,6 @@ def test_rows_on_disk_are_those_in_memory(tmp_path):
         load_pairs([text, chat], cache=True, log=quiet)
 
 
-def refuse(*_, **__):
-    raise AssertionError("this was made already")
-
-
-def test_rows_are_read_again_when_the_file_changes(tmp_path, monkeypatch):
-    path = tmp_path / "a.jsonl"
-    write(path, random_rows(5))
-    first = load_pairs(str(path), cache=True, log=quiet).rows
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "read_row", refuse)
-        assert load_pairs(str(path), cache=True, log=quiet).rows == first
-        os.utime(path, (1, 1))  # another time, the same content
-        assert load_pairs(str(path), cache=True, log=quiet).rows == first
-        with pytest.raises(AssertionError):
-            load_pairs(str(path), cache=True, skip_bad_rows=True, log=quiet)
-    stat = path.stat()
-    write(path, [row | {"chosen": row["chosen"].swapcase()} for row in random_rows(5)])
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time
-    assert load_pairs(str(path), cache=True, log=quiet).rows != first
-
-
 OPTIONS = {"max_length": 20, "skip_bad_rows": True, "log": quiet}
 
 
@@ -186,25 +111,6 @@ def test_mapped_tokens_are_those_in_memory(tmp_path, num_proc, monkeypatch):
         assert [fields(e) for e in memory.examples] == [fields(e) for e in found.examples]
 
 
-def test_tokens_are_made_again_when_what_they_depend_on_changes(tmp_path, monkeypatch):
-    rows = load_pairs(write(tmp_path / "a.jsonl", [chat_row("what", "is", "it")] * 3), cache=True, log=quiet).rows
-    first = tokenize_pairs(rows, make_tokenizer(template=TEMPLATE), num_proc=2, log=quiet).examples
-    used = make_tokenizer(template=TEMPLATE)
-    used(["a call changes a tokenizer's state"], truncation=True, max_length=4)
-    monkeypatch.setattr("dpo_fast.data.mapped.tokens_of", refuse)
-    for num_proc in (1, 2):
-        found = tokenize_pairs(rows, used, num_proc=num_proc, log=quiet).examples
-        assert [fields(e) for e in found] == [fields(e) for e in first]
-    for tokenizer, options in (
-        (make_tokenizer(template=STRICT), {}),
-        (make_tokenizer(bos=False, template=TEMPLATE), {}),
-        (used, {"max_length": 7}),
-        (used, {"vocab_size": 600}),
-    ):
-        with pytest.raises(AssertionError):
-            tokenize_pairs(rows, tokenizer, log=quiet, **options)
-
-
 def test_messages_name_the_line(tmp_path):
     bad = {"prompt": [{"role": "system", "content": "S"}, user("?")], "chosen": [bot("a")], "rejected": [bot("b")]}
     rows = load_pairs(write(tmp_path / "a.jsonl", [chat_row("what", "is", "it"), bad]), cache=True, log=quiet).rows
@@ -219,30 +125,6 @@ def test_messages_name_the_line(tmp_path):
         tokenize_pairs(rows, letters(), vocab_size=27, log=quiet)
     with pytest.raises(DataError, match=r"no pair is left of 1 rows.*the prompt fills max_length"):
         tokenize_pairs(rows, letters(), max_length=3, log=quiet)
-
-
-def _load_and_count(path, count, start):
-    def counted(*given):
-        with open(count, "a") as file:
-            file.write("x")
-        return real(*given)
-
-    real, sources.read_row = sources.read_row, counted
-    start.wait()
-    assert len(load_pairs(path, cache=True, log=quiet).rows) == 40
-
-
-def test_of_several_processes_one_reads(tmp_path):
-    path, count = write(tmp_path / "a.jsonl", random_rows(40)), tmp_path / "count"
-    fork = multiprocessing.get_context("fork")
-    start = fork.Barrier(3)
-    processes = [fork.Process(target=_load_and_count, args=(path, count, start)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert len(count.read_text()) == 40
 
 
 def test_a_dataset_of_rows_or_of_ids_gives_the_examples_of_its_list(tmp_path):
@@ -262,74 +144,9 @@ def test_a_dataset_of_rows_or_of_ids_gives_the_examples_of_its_list(tmp_path):
         prepare(datasets.Dataset.from_list([ids[0], ids[1] | {"chosen_ids": []}]), None, args, 100, "train")
 
 
-def test_ids_of_a_data_set_on_disk_are_cut_once_and_its_folder_is_left_alone(tmp_path, monkeypatch):
-    from test_trainer import config
-
-    args = config(tmp_path, max_length=8)
-    ids = [{k: e[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for e in made_examples()]
-    datasets.Dataset.from_list(ids).save_to_disk(str(tmp_path / "mine"))
-    before = sorted(os.listdir(tmp_path / "mine"))
-    first = prepare(datasets.load_from_disk(str(tmp_path / "mine")), None, args, 100, "train")
-    assert len(first) < len(ids)
-    monkeypatch.setattr("dpo_fast.data.mapped.truncated_row", refuse)
-    again = prepare(datasets.load_from_disk(str(tmp_path / "mine")), None, args, 100, "train")
-    assert [fields(e) for e in again.examples] == [fields(e) for e in first.examples]
-    assert sorted(os.listdir(tmp_path / "mine")) == before
-
-
 def test_an_example_has_lists_as_users_expect():
     row = {"prompt_ids": [3, 4], "chosen_ids": [5], "rejected_ids": [6, 7]}
     data = PairDataset([row])
     assert data[0]["prompt_ids"] == [3, 4]
     assert data[0]["rejected_ids"] == [6, 7]
     assert [list(x["chosen_ids"]) for x in data.__getitems__([0])] == [[5]]
-
-
-def test_a_full_disk_is_said_and_nothing_stays_half_written(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", random_rows(30))
-
-    def full(file, *_):
-        file.write(b"x" * 100)
-        assert list((tmp_path / "cache").rglob("*.part"))
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(pa.ipc, "new_stream", full)
-    with pytest.raises(
-        OSError, match=r"^the disk of .*/dpo_fast is full, .* MB are left: .*--prune DAYS.*HF_DATASETS_CACHE"
-    ):
-        load_pairs(path, log=quiet, cache=True)
-    assert not list((tmp_path / "cache").rglob("*.part"))
-
-
-def test_what_killed_runs_left_goes_and_the_rest_by_age(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", random_rows(30))
-    rows = load_pairs(path, log=quiet, cache=True).rows
-    tokenize_pairs(rows, letters(), log=quiet)
-    first, second = (folder.path for folder in cache_files.folders())
-    left = [first / "records.part", second / "tmpabc", second / "tmpdef"]
-    for file in left:
-        file.write_bytes(b"x" * 100)
-    cache_files.sweep.cache_clear()
-    with cache_files.locked(second / "lock"):  # somebody writes there
-        assert cache_files.sweep() == 1
-    assert [file.exists() for file in left] == [False, True, True]
-    cache_files.sweep.cache_clear()
-    write(tmp_path / "b.jsonl", random_rows(3))
-    load_pairs(str(tmp_path / "b.jsonl"), log=quiet, cache=True)  # the next run sweeps
-    assert not any(file.exists() for file in left)
-    third = cache_files.folders()[-1].path
-    week = time.time() - 7 * 86400
-    for folder in (first, second):
-        os.utime(folder / "lock", (week, week))
-    load_pairs(path, log=quiet, cache=True)  # uses the first
-    assert [f.path for f in cache_files.folders()] == [second, third, first]
-    assert cache_files.main(["--prune", "6"]) == 0
-    shown = capsys.readouterr().out
-    assert "deleted 1 folders" in shown
-    assert f"{tmp_path / 'cache/dpo_fast'}: " in shown
-    assert not second.exists()
-    assert [dict(r) for r in load_pairs(path, log=quiet, cache=True).rows] == list(rows)
-    assert [f.path for f in cache_files.prune(0)] == [third, first]
-    assert not list((tmp_path / "cache/dpo_fast/files").iterdir())
-    with pytest.raises(SystemExit):
-        cache_files.main(["--prune", "-1"])
