@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"data", "forest.packing"},
     "training": {"training", "data", "forest", "ops", "backends", "__init__"} | OBJECTIVE,
 }
-LONGEST = 320  # lines of a file; 300 is the aim
+LONGEST = 300  # lines of a file
 # extension.py has the launchers that eager.py documents.
 DOCUMENTED_ELSEWHERE = {"backends.extension"}
 COMMANDS = {"train", "info", "cli", "demo", "integrations", "loop", "generate", "annotate", "labels"}
