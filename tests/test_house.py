@@ -110,6 +110,7 @@ def test_every_public_name_has_a_docstring():
 
 def test_files_are_short():
     files = [*modules().values(), *(path for path in (ROOT / "csrc").rglob("*.*") if path.is_file())]
+    files += [path for folder in ("tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert not {path: lines for path, lines in lengths.items() if lines > LONGEST}
 
