@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import sys
-from pathlib import Path
 
 import forked
 import pytest
@@ -204,20 +203,22 @@ def test_in_one_process_only_the_run_is_printed(arguments, tmp_path, capsys, mon
     assert shown.err == ""
 
 
-def test_streamed_files_train_as_the_same_rows_in_memory(arguments, tmp_path, capsys):
+def test_streamed_files_train_as_the_same_rows_in_memory(arguments, tmp_path, capsys, monkeypatch):
     """Of two files, one after the other, in their order; a row that is left out is named; no cache is written."""
     from datasets import config
 
     bad = {**PAIRS[0], "rejected": ""}
     files = [write(tmp_path / "a.jsonl", [*PAIRS[:4], bad]), write(tmp_path / "b.jsonl", PAIRS[4:])]
-    cached = len(list(Path(config.HF_DATASETS_CACHE).glob("dpo_fast/*")))
+    kept = tmp_path / "kept"
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", kept)
     common = [*arguments, "--dataset_name", *files, "--skip_bad_rows", "--learning_rate", "1e-2"]
     assert main([*common, "--streaming", "--output_dir", str(tmp_path / "streamed")]) == 0
     shown = capsys.readouterr()
     assert shown.err == f"dpo_fast: {files[0]} line 5 is left out, and maybe others: 'rejected' is empty\n"
     assert f"streamed, in the order of the rows: {files[0]}, {files[1]}" in shown.out
-    assert len(list(Path(config.HF_DATASETS_CACHE).glob("dpo_fast/*"))) == cached
+    assert not list(kept.glob("dpo_fast/*"))
     plain = ["--train_sampling_strategy", "sequential", "--no_precompute_ref_log_probs"]
     assert main([*common, *plain, "--output_dir", str(tmp_path / "plain")]) == 0
+    assert list(kept.glob("dpo_fast/*"))
     got, want = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("streamed", "plain"))
     assert got == want
