@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -148,3 +149,19 @@ def test_what_killed_runs_left_goes_and_the_rest_by_age(tmp_path, capsys):
     assert not list((tmp_path / "cache/dpo_fast/files").iterdir())
     with pytest.raises(SystemExit):
         cache_files.main(["--prune", "-1"])
+
+
+def test_what_other_processes_rename_or_delete_is_passed_by(tmp_path, monkeypatch):
+    """A run lists the folders while another one writes and prunes: nothing of that ends the run."""
+    load_pairs(write(tmp_path / "a.jsonl", random_rows(30)), log=quiet, cache=True)
+    (one,) = cache_files.folders()
+    (one.path / "records.part").write_bytes(b"x" * 100)
+    stat = Path.stat
+
+    def gone(path, **options):
+        if path.name == "records.part":
+            raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    assert cache_files.folders() == [one]

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,14 +57,23 @@ def _left_in(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _if_free(path: Path) -> Iterator[bool]:
-    """Whether nobody holds the lock, which is then held here."""
-    with open(path, "a") as file:
+    """Whether nobody holds the lock, which is then held here; False where its folder has just been deleted."""
+    with contextlib.ExitStack() as held:
         try:
+            file = held.enter_context(open(path, "a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
             yield False
-        else:
-            yield True
+            return
+        yield True
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None where another process has just renamed or deleted the file."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 @dataclasses.dataclass
@@ -79,8 +89,10 @@ def folders() -> list[Folder]:
     """All of them, the one that was used last at the end."""
     found = []
     for lock in cache_folder().glob("*/lock"):
-        files = [path for path in lock.parent.iterdir() if path.is_file()]
-        found.append(Folder(lock.parent, sum(path.stat().st_size for path in files), lock.stat().st_mtime))
+        used, files = _stat(lock), map(_stat, lock.parent.glob("*"))
+        if used:
+            size = sum(file.st_size for file in files if file and stat.S_ISREG(file.st_mode))
+            found.append(Folder(lock.parent, size, used.st_mtime))
     return sorted(found, key=lambda folder: folder.used)
 
 
