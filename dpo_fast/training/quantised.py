@@ -81,12 +81,9 @@ def check_shards(quantisation, config, args) -> None:
 
 
 def numbers(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The parameters that are no codes. A shard of 4-bit codes looks like numbers; its module knows better."""
-    for module in model.modules():
-        codes = getattr(module, "quant_state", None) is not None
-        for name, parameter in module.named_parameters(recurse=False):
-            if not (codes and name == "weight") and not is_quantised(parameter):
-                yield parameter
+    """The parameters that are no codes, each once. A shard of 4-bit codes looks like numbers; its module knows better."""
+    codes = {id(module.weight) for module in model.modules() if getattr(module, "quant_state", None) is not None}
+    return (p for p in model.parameters() if id(p) not in codes and not is_quantised(p))
 
 
 def settle(model: torch.nn.Module) -> torch.nn.Module:
