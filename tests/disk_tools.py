@@ -8,7 +8,7 @@ import pytest
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
-from test_tokenization import letters, text_row  # noqa: E402
+from tokenizer_tools import letters, text_row  # noqa: E402
 
 from dpo_fast.data.tokenization import tokenize_pairs  # noqa: E402
 

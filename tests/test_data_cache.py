@@ -13,7 +13,7 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 from disk_tools import cache, fields, made_examples, quiet, random_rows, write  # noqa: E402, F401 - cache is a fixture
-from test_tokenization import STRICT, TEMPLATE, chat_row, letters, make_tokenizer  # noqa: E402
+from tokenizer_tools import STRICT, TEMPLATE, chat_row, letters, make_tokenizer  # noqa: E402
 
 from dpo_fast.data import cache as cache_files  # noqa: E402
 from dpo_fast.data import sources  # noqa: E402
@@ -87,7 +87,7 @@ def test_of_several_processes_one_reads(tmp_path):
 
 
 def test_ids_of_a_data_set_on_disk_are_cut_once_and_its_folder_is_left_alone(tmp_path, monkeypatch):
-    from test_trainer import config
+    from trainer_tools import config
 
     args = config(tmp_path, max_length=8)
     ids = [{k: e[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for e in made_examples()]

@@ -8,7 +8,7 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 from disk_tools import cache, fields, made_examples, quiet, random_rows, write  # noqa: E402, F401 - cache is a fixture
-from test_tokenization import STRICT, bot, chat_row, letters, make_tokenizer, text_row, user  # noqa: E402
+from tokenizer_tools import STRICT, bot, chat_row, letters, make_tokenizer, text_row, user  # noqa: E402
 
 from dpo_fast.data import tokenization  # noqa: E402
 from dpo_fast.data.examples import Examples, example_key  # noqa: E402
@@ -128,7 +128,7 @@ def test_messages_name_the_line(tmp_path):
 
 
 def test_a_dataset_of_rows_or_of_ids_gives_the_examples_of_its_list(tmp_path):
-    from test_trainer import config
+    from trainer_tools import config
 
     args = config(tmp_path, max_length=20, skip_bad_rows=True, label_noise="ignore", dataset_num_proc=2)
     rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in random_rows(30)]

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from kernel_tools import PLAIN
 
 triton = pytest.importorskip("triton", reason="no triton on this machine")
 from dpo_fast.kernels import dpo, logps  # noqa: E402
@@ -21,7 +22,6 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
-PLAIN = {"scale": 1.0, "softcap": None, "temperature": 1.0}
 CAPPED = {"scale": 1.0, "softcap": 30.0, "temperature": 1.0}
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The rows of a large vocabulary, aligned and not (151665: Qwen's words without padding), and of a small one.

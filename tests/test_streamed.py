@@ -7,7 +7,7 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
-from test_data_on_disk import fields, random_rows  # noqa: E402
+from disk_tools import fields, random_rows  # noqa: E402
 from tokenizer_tools import chat_row, letters, text_row  # noqa: E402
 from trainer_tools import config, weights  # noqa: E402
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from ..forest.packing import common_prefix_length
+from ..forest.trie import common_prefix_length
 
 FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _LISTS = (*FIELDS, "rejected_prompt_ids")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from jinja2 import TemplateError
 
-from ..forest.packing import common_prefix_length
+from ..forest.trie import common_prefix_length
 from .examples import FIELDS
 from .readers import DataError
 
