@@ -57,11 +57,14 @@ def test_a_dict_of_splits_is_refused(tmp_path):
 
 def test_one_worker_reads(tmp_path, caplog):
     """Each of several would read all rows."""
-    args = config(tmp_path, **{**ONLINE, "max_length": 100, "dataloader_num_workers": 2})
+    decided = {"gradient_checkpointing": False, "ddp_find_unused_parameters": False}
+    args = config(tmp_path, **{**ONLINE, **decided, "max_length": 100, "dataloader_num_workers": 2})
     trainer = DPOTrainer(tiny.llama(), args=args, train_dataset=streamed(tiny.pairs(8)))
     assert "one worker reads it" in caplog.text
     seen = [i for batch in trainer.get_train_dataloader() for part in batch["parts"] for i in part.index.tolist()]
     assert seen == list(range(8))
+    # What a stream needs is set for this run alone.
+    assert (args.dataloader_num_workers, args.accelerator_config.dispatch_batches) == (2, None)
 
 
 def test_training_is_that_of_the_list(tmp_path):

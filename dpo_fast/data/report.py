@@ -30,10 +30,9 @@ def report(
 ) -> str:
     """Layouts, one decoded pair, lengths, what is lost, and tokens per pass with each way of batching.
 
-    by_pairs: where `batches` are filled to a budget of tokens, those of a number of pairs, to compare.
-
     batches: the examples batch by batch in training's order, each batch as the groups that go through the model
         together; the first `BATCHES` are counted, one after the other. All lengths and sums are in tokens.
+    by_pairs: where `batches` are filled to a budget of tokens, those of a number of pairs, to compare.
     Raises ValueError without examples.
     """
     if not tokenized.examples:

@@ -110,7 +110,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
     if is_stream(train_rows):
         check_streamed(args, run.reference == CACHED)
         # accelerate's default for streams takes batches of tensors alone.
-        args.accelerator_config.dispatch_batches = False
+        args.accelerator_config = dataclasses.replace(args.accelerator_config, dispatch_batches=False)
         if args.dataloader_num_workers > 1:
             logger.warning("the train data is streamed: one worker reads it (dataloader_num_workers=1)")
             args.dataloader_num_workers = 1

@@ -67,11 +67,11 @@ class DPOTrainer(Reporting):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required (or eval_dataset, to evaluate alone)")
         args = args or DPOConfig()
-        if args.gradient_checkpointing is None or args.ddp_find_unused_parameters is None:
+        streamed = is_stream(train_dataset)
+        if args.gradient_checkpointing is None or args.ddp_find_unused_parameters is None or streamed:
             args = copy.copy(args)  # the decision is this run's: another may take other pairs or another model
         run = model
         if not isinstance(model, RunPlan):
-            streamed = is_stream(train_dataset)
             run = plan_run(model, args, ref_model, peft_config, quantization_config, streamed)
         self.setup = set_up(run, args, processing_class, train_dataset, eval_dataset)
         self.share = self.setup.share
