@@ -8,6 +8,7 @@ of the vendor's data sheet; the share of the GEMM ceiling of the same process is
 
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import random
 import statistics
@@ -24,6 +25,7 @@ from bench.results import Results
 from bench.train import Stepper, options
 
 BATCHES = 3  # forests that take turns
+COMPILED, LIGER = "torch_compile", "Liger's kernels"
 DATA = "oasst"
 
 
@@ -36,6 +38,7 @@ class Case:
     checkpointing: bool
     lora: bool
     bf16_weights: bool  # bf16 weights with float32 masters; otherwise float32 weights and bf16 compute
+    trunk: str = "its own functions"  # or torch_compile, or Liger's kernels: what norms, rotary positions and MLPs are
 
     @property
     def shape(self) -> str:
@@ -45,6 +48,7 @@ class Case:
                 "LoRA" if self.lora else "full",
                 "bf16 weights, float32 masters" if self.bf16_weights else "float32 weights, bf16 compute",
                 f"checkpointing {'on' if self.checkpointing else 'off'}",
+                *([] if self.trunk == Case.trunk else [self.trunk]),
             ]
         )
 
@@ -71,18 +75,22 @@ def configs(dry: bool) -> dict:
 
 
 def cases(dry: bool) -> list[Case]:
-    """All combinations; those that differ least from 8k rows of full training without recomputation come first."""
+    """All combinations; those that differ least from 8k rows of full training without recomputation come first.
+
+    What may become the default of the trunk is measured for each model and with recomputation.
+    """
     models, rows = list(configs(dry)), ([64] if dry else [8192, 2048, 16384])
     on_off = (False, True)
-    found = [Case(*case) for case in itertools.product(models, rows, on_off, on_off, (True, False))]
-
-    first = found[0]
+    plain = [Case(*case) for case in itertools.product(models, rows, on_off, on_off, (True, False))]
+    first = plain[0]
+    others = itertools.product((COMPILED, LIGER), models, on_off)
+    found = [dataclasses.replace(first, trunk=t, model=m, checkpointing=c) for t, m, c in others] + plain
 
     def changes(case: Case) -> int:
         return sum(getattr(case, f.name) != getattr(first, f.name) for f in dataclasses.fields(Case))
 
     found = sorted(found, key=changes)
-    return found[:5] if dry else found  # each thing changed once
+    return [case for case in found if changes(case) <= 1] if dry else found
 
 
 def groups(case: Case, vocabulary: int, count: int = BATCHES, dry: bool = False) -> list[list[dict]]:
@@ -113,6 +121,8 @@ def build_model(config, bf16_weights: bool, device: str):
 
 
 def dpo_fast_trainer(case: Case, config, device: str, folder: Path, pairs: list[list[dict]]):
+    from transformers.integrations.liger import apply_liger_kernel
+
     from dpo_fast import DPOConfig, DPOTrainer
     from dpo_fast.data.pairs import PairDataset
 
@@ -121,12 +131,17 @@ def dpo_fast_trainer(case: Case, config, device: str, folder: Path, pairs: list[
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    backend = {"cuda": "inductor", "cpu": "eager"}[device]  # a dry run does not wait for machine code
+    compiled = {"torch_compile": True, "torch_compile_backend": backend} if case.trunk == COMPILED else {}
     args = DPOConfig(
-        **options(folder, "run", 1, device, "bfloat16"), gradient_checkpointing=case.checkpointing, verify=False
-    )
+        **options(folder, "run", 1, device, "bfloat16"), gradient_checkpointing=case.checkpointing, verify=False,
+        use_liger_kernel=case.trunk == LIGER, **compiled,
+    )  # fmt: skip
     examples = [pair for group in pairs for pair in group]
     model = build_model(config, case.bf16_weights, device)
     trainer = DPOTrainer(model, args=args, train_dataset=PairDataset(examples), peft_config=peft_config)
+    if args.use_liger_kernel:  # `train` would do it
+        apply_liger_kernel(trainer.model, args.liger_kernel_config)
     trainer._started = True  # the drawn log-probs are no reference's, so the first step has nothing to compare
     trainer.batches = [trainer.data_collator(group) for group in pairs]
     return trainer
@@ -140,11 +155,21 @@ def measure(results: Results, dry: bool, top: dict, cases: list[Case], repeats: 
         if results.out_of_time:
             results.add(**head, skipped="out of time")
             continue
+        if case.trunk == LIGER and (why := without_liger(results.device)):
+            results.add(**head, skipped=why)
+            continue
         results.now(f"step of {case.model}, {case.shape}", "")
         with results.attempt(**head), tempfile.TemporaryDirectory() as folder:
             row = _measure(results, case, known[case.model], Path(folder), dry, top, repeats, steps)
             results.add(**head, **row)
         free(results.device)
+
+
+def without_liger(device: str) -> str | None:
+    """Why Liger's kernels cannot run, or None."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed: pip install liger-kernel, or see bench/README.md"
+    return None if device == "cuda" else "Liger's kernels need a GPU"
 
 
 def _measure(results: Results, case: Case, config, folder: Path, dry: bool, top: dict, repeats, steps) -> dict:

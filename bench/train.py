@@ -118,6 +118,7 @@ def systems(device: str, task: str) -> dict:
         "dpo_fast": (dpo_fast_trainer, ours),  # its defaults
         "dpo_fast, unshared": (dpo_fast_trainer, {**ours, "share": "none"}),
         "dpo_fast, checkpointing": (dpo_fast_trainer, {**ours, "gradient_checkpointing": True}),
+        "dpo_fast, compiled": (dpo_fast_trainer, {**ours, "torch_compile": True}),
         "TRL, defaults": (trl_trainer, {}),
         "TRL, tuned": (trl_trainer, tuned),
     }

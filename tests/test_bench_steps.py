@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ def test_steps(tmp_path):
     assert {row["model"] for row in found} == {"llama tiny", "qwen2 tiny"}
     for option in ("checkpointing", "lora", "bf16_weights"):
         assert {row[option] for row in found} == {False, True}
+    trunks = {row["trunk"]: row for row in found}
+    assert set(trunks) == {"its own functions", "torch_compile", "Liger's kernels"}
+    assert trunks["torch_compile"]["shape"].endswith("checkpointing off, torch_compile")
+    found.remove(trunks["Liger's kernels"])
+    assert re.search("pip install liger-kernel|need a GPU", trunks["Liger's kernels"]["skipped"])
     for row in found:
         assert row["tokens"] > row["forest_rows"] > row["live_rows"] / 2
         assert row["pairs_per_second"] == pytest.approx(row["pairs"] / row["seconds"])
@@ -66,7 +72,8 @@ def test_forests_are_as_full_as_asked():
 
     case = steps.cases(False)[0]
     assert (case.model, case.rows, case.lora, case.checkpointing) == ("llama 1B", 8192, False, False)
-    assert len(steps.cases(False)) == 48
+    assert len(set(steps.cases(False))) == len(steps.cases(False)) == 48 + 8
+    assert [case.trunk for case in steps.cases(False)[:3]] == ["its own functions", "torch_compile", "Liger's kernels"]
     for group in steps.groups(case, 128256):
         assert 0.8 * case.rows <= ForestCollator().part(group).forest.rows <= case.rows
 

@@ -36,7 +36,7 @@ NOT_USED = {
     "pad_token": "x", "pad_to_multiple_of": 8, "length_column_name": "n",
     "remove_unused_columns": True, "label_names": ["x"], "auto_find_batch_size": True, "activation_offloading": True,
     "torch_empty_cache_steps": 5, "use_cache": True,
-    "torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default", "bf16_full_eval": True,
+    "bf16_full_eval": True,
     "fp16_full_eval": True, "eval_accumulation_steps": 2, "eval_do_concat_batches": False,
     "eval_use_gather_object": True, "batch_eval_metrics": True, "include_for_metrics": ["inputs"], "do_predict": True,
     "include_num_input_tokens_seen": True,

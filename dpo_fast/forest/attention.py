@@ -25,6 +25,7 @@ ON_FOREST = contextvars.ContextVar("dpo_fast_on_forest", default=False)
 CALL_COST = 5_000
 
 
+@torch.compiler.disable  # a compiled layer would hold one forest's lengths, and would be compiled again for the next
 def forest_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, H, T, Dk]

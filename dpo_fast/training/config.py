@@ -22,6 +22,7 @@ from ..loss_options import SFT_MEANS
 from ..loss_table import LOSSES
 from ..losses import LossOptions
 from ..ops import WORKSPACE_BYTES
+from .compiling import OFF, check_compile
 from .handed_on import check_schedule
 from .label_noise import check_label_noise, check_p_chosen
 from .unused import sentence, set_back, unused_options
@@ -63,6 +64,10 @@ class DPOConfig(TrainingArguments):
         metadata={
             "help": "Recompute activations in backward: less memory, more compute. Default: only where they do not fit."
         },
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the trunk's decoder layers; only their rounding changes, float32 stays float32."},
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Compute in bfloat16 with float32 weights. Default: on unless fp16 is set."}
@@ -214,6 +219,7 @@ class DPOConfig(TrainingArguments):
         check_numbers(self)
         check_evaluation(self)
         check_on_nan(self)
+        check_compile(self)
         if unused := unused_options(vars(self), defaults := self.defaults()):
             set_back(vars(self), defaults, unused)
         if self.use_liger_kernel:
@@ -225,7 +231,11 @@ class DPOConfig(TrainingArguments):
         with warnings.catch_warnings():
             # TRL's name; transformers 5.23 prefers activation_checkpointing, which older versions lack.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            # transformers would also let float32 products round to TF32.
+            compiled = {name: getattr(self, name) for name in OFF}
+            vars(self).update(OFF)
             super().__post_init__()
+            vars(self).update(compiled)
         if left_out:
             self.gradient_checkpointing = self.activation_checkpointing = None
         if unused and self.process_index == 0:

@@ -45,6 +45,8 @@ def fingerprint(trainer) -> dict:
     }
     if setup.foreign_reference and setup.ref_model is not None:
         found["reference"] = weights_fingerprint(setup.ref_model)
+    if args.torch_compile:  # left out otherwise, as in older checkpoints
+        found["torch_compile"] = True
     if setup.loss_options.over_batch:
         found["per_device_train_batch_size"] = args.per_device_train_batch_size
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)

@@ -137,7 +137,7 @@ def reference_cache(trainer, model) -> RefCache:
         weights=fingerprint,
         precision=f"{next(model.parameters()).dtype}/{accelerator.mixed_precision}",
         version=__version__,
-        extra={"ld_alpha": args.ld_alpha, **casts},
+        extra={"ld_alpha": args.ld_alpha, **casts, **({"compiled": True} if args.torch_compile else {})},
     )
 
 

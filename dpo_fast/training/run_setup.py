@@ -17,6 +17,7 @@ from ..forest.head import output_layer
 from ..forest.model import own_config, prepare_model, restore_model
 from ..losses import LossOptions
 from .checkpointing import choose
+from .compiling import compile_layers
 from .config import DPOConfig
 from .dropout import no_dropout, random_router
 from .load import adapter_base, add_adapters, check_adapters, empty_model, load_model, load_tokenizer
@@ -146,6 +147,7 @@ def set_up(run: RunPlan, args: DPOConfig, tokenizer, train_rows, eval_rows) -> S
             no_dropout(module)
     ref_model = ref_model.requires_grad_(False).eval() if ref_model is not None else None
     plan = prepare_model(model, workspace_bytes=args.workspace_bytes, backend=args.backend)
+    compile_layers(model, args)
     note_attention(model, plan, args)
     share = args.share
     if not plan.share and share != "none":

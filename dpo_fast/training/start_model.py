@@ -10,6 +10,7 @@ import torch
 
 from ..forest.gate import base_model
 from ..forest.model import own_config, prepare_model
+from .compiling import compile_layers
 from .dropout import no_dropout
 from .load import load_model
 from .ref_cache import weights_fingerprint
@@ -53,4 +54,5 @@ def start_model(trainer) -> torch.nn.Module:
             f"{setup.start_name} does not hold the weights that this run began with, which are the reference: {_INSTEAD}"
         )
     prepare_model(model, workspace_bytes=args.workspace_bytes, backend=args.backend)
+    compile_layers(model, args)
     return model.requires_grad_(False).eval()

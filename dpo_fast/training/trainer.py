@@ -17,6 +17,7 @@ from ..forest.model import prepare_model
 from . import metrics
 from .batch_loss import Totals
 from .batches import token_batches
+from .compiling import compile_layers, no_compilation
 from .config import DPOConfig
 from .fingerprint import fingerprint
 from .ref_cache import RefCache
@@ -106,6 +107,7 @@ class DPOTrainer(Reporting):
             if self.setup.reference == MODEL:  # otherwise it is moved to the device for the reference pass only
                 self.ref_model.to(self.accelerator.device)
             prepare_model(self.ref_model, backend=args.backend)
+            compile_layers(self.ref_model, args)
             if args.sync_ref_model:
                 alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
                 self.add_callback(SyncRefModelCallback(self.ref_model, alpha, steps))
@@ -129,6 +131,9 @@ class DPOTrainer(Reporting):
     beta = property(lambda self: self.args.beta)
     loss_types = property(lambda self: self.args.loss_type)
     aux_loss_enabled = property(lambda self: self.setup.aux_coef > 0)
+
+    def _build_accelerator_args(self, **kwargs):
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": no_compilation()}
 
     # Data.
 

@@ -25,9 +25,6 @@ UNUSED: dict[str, tuple] = {
     "activation_offloading": (False,),
     "torch_empty_cache_steps": (None,),
     "use_cache": (False,),
-    "torch_compile": (False,),
-    "torch_compile_backend": (None,),
-    "torch_compile_mode": (None,),
     # Evaluation runs in the precision of the reference's log-probs and keeps one row of numbers per pair, no logits.
     "bf16_full_eval": (False,),
     "fp16_full_eval": (False,),
