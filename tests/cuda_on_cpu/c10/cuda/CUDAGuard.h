@@ -1,0 +1,10 @@
+// In the place of torch's header of this name, for ops_cuda.cpp.
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace c10::cuda {
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device) {}
+};
+}  // namespace c10::cuda
