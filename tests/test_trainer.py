@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -246,3 +247,11 @@ def test_a_recurrent_model_that_is_not_from_transformers(tmp_path):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < losses[0]
     assert json.loads((tmp_path / "run/checkpoint-4/complete.json").read_text())["step"] == 4
+
+
+def test_rows_with_ids_need_no_datasets(tmp_path, monkeypatch):
+    """A machine may have transformers and no `datasets`."""
+    rows = tiny.pairs(8)
+    before = weights(train(tmp_path / "with", tiny.llama(), rows).model)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert torch.equal(weights(train(tmp_path / "without", tiny.llama(), rows).model), before)
