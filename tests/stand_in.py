@@ -85,3 +85,19 @@ def on_device(monkeypatch):
         monkeypatch.setattr(torch, name, known(getattr(torch, name)))
     with OnDevice() as mode:
         yield mode
+
+
+def cpu_as_gpu(patch) -> None:
+    """Have tensors of the CPU say that they are on a GPU: what is taken there computes here, with values."""
+    patch.setattr(torch.Tensor, "is_cuda", True)
+    mm, addmm = torch.mm, torch.addmm
+
+    # A CPU has no products of half precision in float32.
+    def wide_mm(a, b, *, out_dtype=None, **out):
+        return mm(a, b, **out) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    def wide_addmm(total, a, b, *, out_dtype=None, out=None):
+        return addmm(total, *((a, b) if out_dtype is None else (a.to(out_dtype), b.to(out_dtype))), out=out)
+
+    patch.setattr(torch, "mm", wide_mm)
+    patch.setattr(torch, "addmm", wide_addmm)

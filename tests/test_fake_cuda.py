@@ -6,9 +6,11 @@ import tiny
 import torch
 from op_table import OPS
 from op_tools import HALF, pairs
-from stand_in import on_device
+from stand_in import cpu_as_gpu, on_device
 
 from dpo_fast import linear_dpo_loss
+
+TABLE = [name for name, op in OPS.items() if op.back_ends]
 
 
 def moved(x: torch.Tensor) -> torch.Tensor:
@@ -30,12 +32,12 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(monkeypatch):
                 read(x[0])
 
 
-@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.back_ends])
+@pytest.mark.parametrize("name", TABLE)
 def test_every_op(name, monkeypatch):
     op = OPS[name]
-    for k, row in enumerate(op.rows.values()):
+    for i, row in enumerate(op.rows.values()):
         dtypes = [dtype for dtype in HALF if dtype in row.dtypes]
-        for dtype in dtypes[k % 2 :][:1] or dtypes[:1]:
+        for dtype in dtypes[i % 2 :][:1] or dtypes[:1]:
             x = test_op_table.changed(test_op_table.sample(op, row, dtype, True), moved)
             needed = test_op_table.needed(row, x)
             with monkeypatch.context() as patch, on_device(patch) as mode:
@@ -49,6 +51,16 @@ def test_every_op(name, monkeypatch):
                     for g, t in zip(grads, wanted, strict=True):
                         assert g is None or (g.shape, g.dtype, g.is_meta) == (t.shape, dtype, True)
             assert mode.ops
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_op_with_values(name, monkeypatch):
+    """By the rules of the table, on a CPU that takes every branch of a GPU."""
+    for row_name, row in OPS[name].rows.items():
+        if torch.bfloat16 in row.dtypes:
+            with monkeypatch.context() as patch:
+                cpu_as_gpu(patch)
+                test_op_table.test_op(name, row_name, torch.bfloat16, "torch", patch)
 
 
 def test_sums_over_chunks_are_products_in_float32(monkeypatch):
