@@ -185,11 +185,15 @@ def test_same_run_as_trl(tmp_path):
         train_dataset=rows, processing_class=tokenizer,
     )  # fmt: skip
     ours.train()
+    # In the first step both rewards of a pair are 0, and rounding decides which is the larger one.
+    assert ours.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=2e-5)
+    left_out = {"grad_norm", "epoch", "step", "rewards/accuracies"}
     for a, b in zip(ours.state.log_history[:3], theirs.state.log_history[:3], strict=True):
         for name in b:
-            if name not in ("grad_norm", "epoch", "step"):
+            if name not in left_out:
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        left_out.discard("rewards/accuracies")
     moved = (weights(theirs.model) - weights(start)).norm()
     assert (weights(ours.model) - weights(theirs.model)).norm() < 2e-3 * moved
 
