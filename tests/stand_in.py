@@ -76,10 +76,10 @@ def on_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.is_meta))
 
     def known(function):
-        def call(device="cuda", *args, **kwargs):
-            return function("cpu" if device == "meta" else device, *args, **kwargs)
+        def here(x):
+            return "cpu" if isinstance(x, str) and x == "meta" else x
 
-        return call
+        return lambda *args, **kwargs: function(*map(here, args), **{key: here(x) for key, x in kwargs.items()})
 
     for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
         monkeypatch.setattr(torch, name, known(getattr(torch, name)))

@@ -85,12 +85,16 @@ def trainer(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     from dpo_fast import DPOConfig, DPOTrainer
 
-    def make(model, **changes):
+    def make(model, lora=False, **changes):
+        adapters = None
+        if lora:
+            peft = pytest.importorskip("peft")
+            adapters = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         args = DPOConfig(
             output_dir=str(tmp_path / "out"), ref_cache_dir=str(tmp_path / "cache"), use_cpu=True, report_to="none",
-            verify=False, optim="adamw_torch", gradient_checkpointing=False, **changes,
+            verify=False, optim="adamw_torch", **changes,
         )  # fmt: skip
-        trainer = DPOTrainer(model, args=args, train_dataset=tiny.pairs(8))
+        trainer = DPOTrainer(model, args=args, train_dataset=tiny.pairs(8), peft_config=adapters)
         trainer._started = True  # the first step alone reads whether policy and reference agree
         trainer.model.to("meta")
         trainer.create_optimizer_and_scheduler(10)
@@ -113,19 +117,33 @@ MODELS = {"llama": tiny.llama, "qwen2": qwen2}
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("changes", [{}, {"max_tokens_per_batch": 60, "use_weighting": True}], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_tokens_per_batch": 60, "use_weighting": True},
+        {"lora": True, "loss_type": ["sigmoid", "sft"]},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["whole", "split", "lora", "checkpointing"],
+)
 def test_steps(trainer, monkeypatch, kind, changes):
     """Forward, loss and backward through flash attention, clipping, and the step of the float32 masters."""
-    trainer = trainer(MODELS[kind]().to(torch.bfloat16), **changes)
+    trainer = trainer(MODELS[kind]().to(torch.bfloat16), **{"gradient_checkpointing": False} | changes)
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     with on_device(monkeypatch) as mode:
         for _ in range(2):
             loss = trainer.training_step(trainer.model, batch)
             assert (loss.is_meta, loss.shape) == (True, ())
-            parameters = list(trainer.model.parameters())
+            parameters = [p for p in trainer.model.parameters() if p.requires_grad]
             assert all((p.grad.is_meta, p.grad.shape, p.grad.dtype) == (True, p.shape, p.dtype) for p in parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             trainer.optimizer.step()
             trainer.model.zero_grad()
     layers = trainer.model.config.num_hidden_layers * len(batch["parts"]) * 2
-    assert mode.ops["_flash_attention_forward"] == mode.ops["_flash_attention_backward"] == layers
+    assert mode.ops["_flash_attention_backward"] == layers
+    # Recomputation is one more pass through the trunk, and so is the reference, which is the model without its adapters.
+    passes = 1 + ("gradient_checkpointing" in changes) + ("lora" in changes)
+    assert mode.ops["_flash_attention_forward"] == passes * layers
