@@ -6,7 +6,11 @@ Without torch or a C++ compiler the package installs without the extension. A me
 `python -m dpo_fast.info` say so. With a torch for CUDA and its nvcc the CUDA kernels are built too.
 """
 
+import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,15 +18,39 @@ from setuptools import find_packages, setup
 
 CSRC = Path("csrc")
 # No a * b - c is rounded once unless the code asks for it, so that the largest z minus itself is 0.
-FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
+# torch's headers have pragmas that only CUDA's compiler knows, and thousands of lines about them would hide an error.
+FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 # These files are compiled for instruction sets that not every machine has; csrc/cpu/ops_cpu.cpp chooses when it runs.
 VECTORS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    # GCC 12 warns of its own intrinsics, hundreds of times.
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+        "-Wno-maybe-uninitialized",
+    ],
 }
+# These are built where no GPU can be asked; the second one's PTX also serves GPUs that are newer.
+ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit of the nvcc on the PATH, where torch would look in a wrong place for it; otherwise None.
+
+    torch takes the folder above nvcc's for the toolkit, but this nvcc may be a link or a script; nvcc itself knows its own place.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return None
+    if (Path(nvcc).parent.parent / "include/cuda_runtime.h").exists():
+        return None
+    done = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
+    return str(Path(top[1].strip()).resolve()) if top else None
 
 
 def build() -> dict:
+    if home := cuda_home():
+        os.environ["CUDA_HOME"] = home
     try:
         from torch.utils import cpp_extension
     except ImportError:
@@ -35,6 +63,8 @@ def build() -> dict:
     nvcc = cpp_extension.CUDA_HOME is not None and Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists()
     if torch.version.cuda is not None and not nvcc:
         warn("built for the processor only", "there is no CUDA toolkit (nvcc, CUDA_HOME): Triton runs on the GPU")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
 
     def extension(cuda: bool, threads: bool):
         """The extension of `cpp_extension`. `threads` adds OpenMP, without which at::parallel_for runs on one thread here."""

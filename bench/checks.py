@@ -1,7 +1,10 @@
 """The checks before and beside the measurements on a GPU: the build, chosen tests, all tests, compute-sanitizer."""
 
+import importlib.util
 import json
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from bench.results import Results
 
 BUILD = [sys.executable, "setup.py", "build_ext", "--inplace"]
 _BACK_ENDS = "import json; from dpo_fast.backends import available_backends as f; print('back ends', json.dumps(f()))"
+OUTCOME = r"(?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b"
 LAST_LINES = 15  # lines that are kept of the output of a failure
 
 # One test or two for each kernel, in one type: `{}` is a back end on the GPU.
@@ -59,10 +63,12 @@ DRY = ("tests/test_packing.py::test_rows_by_hand",)
 
 
 def build(results: Results, seconds: float, command: Sequence[str] = BUILD) -> None:
-    """Build the extension; the row says how long it took, which back ends exist now, and why one does not."""
+    """Build the extension, or with 0 seconds take the one that is there; the row says how long it took, which back ends exist
+    now, and why one does not.
+    """
     lines, found = [], {}
     start = time.monotonic()
-    why = stream(command, seconds, lines.append)
+    why = stream(command, seconds, lines.append) if seconds else None
     took = time.monotonic() - start
 
     def read(text: str) -> None:
@@ -72,7 +78,9 @@ def build(results: Results, seconds: float, command: Sequence[str] = BUILD) -> N
     stream([sys.executable, "-c", _BACK_ENDS], 120, read)
     row = {"op": "build", "took": took, "back_ends": found}
     if why or found.get("csrc"):
-        row |= {"failed": why or found["csrc"], "last_lines": lines[-LAST_LINES:]}
+        # A build that fails with CUDA is followed by one without.
+        errors = [text for text in lines if re.search(r"\berror\b|^dpo_fast: |Error: ", text)]
+        row |= {"failed": why or found["csrc"], "last_lines": (errors or lines)[-LAST_LINES:]}
     results.add(**row)
 
 
@@ -96,8 +104,10 @@ def run_tests(
     def read(text: str) -> None:
         nonlocal last
         lines.append(text)
-        if match := re.match(r"(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text):
-            test, outcome = match.groups()
+        if match := re.match(rf"(?P<test>\S+::.*) {OUTCOME}", text) or re.match(
+            rf"\[gw\d+\].* {OUTCOME} (?P<test>\S+::.*)", text
+        ):
+            test, outcome = match["test"].strip(), match["outcome"]
             seen.add(test)
             counts[outcome] = counts.get(outcome, 0) + 1
             took, last = time.monotonic() - last, time.monotonic()
@@ -128,10 +138,25 @@ def run_tests(
         run_tests(results, rest, seconds - took, name, silence, before)
 
 
-def sanitize(
-    results: Results, seconds: float, arguments: Sequence[str], tool: Sequence[str] = ("compute-sanitizer",)
-) -> None:
-    """Run the extension's tests under memcheck, then under racecheck."""
+def side_by_side() -> list[str]:
+    """The options with which pytest runs tests in several processes, where it can: most of their time is Triton's compiler."""
+    processes = min(8, (os.cpu_count() or 1) // 2)
+    return ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
+
+
+def sanitizer() -> str:
+    """compute-sanitizer, which may lie beside nvcc and not on the PATH."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return (
+        shutil.which("compute-sanitizer")
+        or shutil.which("compute-sanitizer", path=f"{home}/bin")
+        or "compute-sanitizer"
+    )
+
+
+def sanitize(results: Results, seconds: float, arguments: Sequence[str], tool: Sequence[str] = ()) -> None:
+    """Run the extension's tests under memcheck, then under racecheck. `tool` is a stand-in for compute-sanitizer."""
+    tool = tool or [sanitizer()]
     end = time.monotonic() + seconds
     for check in ("memcheck", "racecheck"):
         before = [*tool, "--tool", check, "--error-exitcode", "9"]

@@ -22,7 +22,7 @@ def versions() -> dict:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    return found
+    return found | {"torch": torch.__version__}  # which also says for what CUDA it was built
 
 
 def device_name(device: str) -> str:

@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, help="only this one")
     parser.add_argument("--out", type=Path, help="folder of the result file; default bench/results")
     parser.add_argument("--minutes", type=float, default=8, help="of a stage, without the build")
-    parser.add_argument("--build-minutes", type=float, default=8, help="the build is given up after that")
+    parser.add_argument("--build-minutes", type=float, default=8, help="the build is given up after that; 0: no build")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU; --out is a temporary folder then")
     inner = parser.add_argument_group("one part, as the script calls itself")
     inner.add_argument("--part", choices=PARTS)

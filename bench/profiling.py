@@ -23,7 +23,8 @@ def kernels(call, device: str) -> dict:
             torch.cuda.synchronize()
     averages = profiler.key_averages()
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    rows = [event for event in averages if event.device_type == kind]
+    # A named range of Python code (an optimizer's step) is also an event of the device, as long as its kernels together.
+    rows = [event for event in averages if event.device_type == kind and not event.is_user_annotation]
 
     def micros(event) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total

@@ -224,7 +224,7 @@ def inside(results: Results, stepper: Stepper) -> dict:
     ):
         try:
             row |= found()
-        except RuntimeError as error:
+        except Exception as error:  # of the device, or of a profiler that names things otherwise
             row[name] = reason(error)
     return row
 

@@ -123,7 +123,8 @@ def poison():
 
 def small_tiles(patch, size: int) -> None:
     """Have the output layer work on tiles of `size` bytes, of any number of rows."""
-    patch.setitem(eager.TILE_BYTES, "cpu", size)
+    for device in eager.TILE_BYTES:
+        patch.setitem(eager.TILE_BYTES, device, size)
     patch.setattr(eager, "ROW_STEP", 1)
 
 

@@ -29,6 +29,17 @@ def test_red_tests_are_rows(rows, tmp_path):
     assert any("assert 1 == 2" in text for text in counts["last_lines"])
 
 
+def test_tests_side_by_side_are_counted(rows, tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "tests").mkdir()
+    path = tmp_path / "tests" / "test_red.py"
+    path.write_text("import pytest\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_a(x):\n    assert x == 'c'\n")
+    checks.run_tests(rows, ["-c", "/dev/null", "--rootdir", str(tmp_path), "-n", "2", str(path)], 120, "GPU tests")
+    red, counts = rows.rows
+    assert red["test"].endswith("test_a[a b]")
+    assert (counts["passed"], counts["red"]) == (1, 1)
+
+
 def test_a_test_that_hangs_is_left_behind(rows, tmp_path):
     """The arguments are those of pytest; the program here says what pytest would."""
     program = tmp_path / "pytest_.py"
@@ -68,3 +79,15 @@ def test_a_build_that_fails_is_a_row(rows):
     assert row["failed"] == "exit status 1"
     assert row["last_lines"] == ["nvcc: no"]
     assert row["back_ends"]["torch"] is None
+
+
+def test_a_build_says_why_cuda_failed_although_the_rest_was_built(rows):
+    code = "print('x.cu(3): error: no such thing')\nfor k in range(99): print('gcc', k)\nraise SystemExit(1)"
+    checks.build(rows, 60, [sys.executable, "-c", code])
+    assert rows.rows[0]["last_lines"] == ["x.cu(3): error: no such thing"]
+
+
+def test_no_build_takes_what_is_there(rows):
+    checks.build(rows, 0, [sys.executable, "-c", "raise SystemExit(1)"])
+    assert rows.rows[0]["back_ends"]["torch"] is None
+    assert rows.rows[0].get("failed") == rows.rows[0]["back_ends"]["csrc"]

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 
 from bench import profiling
 from bench.clock import LONGEST_SLEEP, Clock
@@ -84,3 +85,15 @@ def test_waits_are_counted_where_they_are():
     assert place.startswith("tests/test_bench_clock.py:")
     assert count == 2
     assert modes == ["warn", "default"]
+
+
+def test_named_ranges_are_no_operators():
+    """On a GPU a range that an optimizer names is as long as the kernels in it, which would count twice."""
+
+    def step():
+        with torch.profiler.record_function("a range"):
+            torch.ones(3).add(1)
+
+    names = {name for name, *_ in profiling.kernels(step, "cpu")["dearest"]}
+    assert "aten::add" in names
+    assert "a range" not in names

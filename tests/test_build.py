@@ -65,6 +65,31 @@ def test_with_a_compiler_that_fails(tmp_path, compiler):
     says_loudly(setup(tmp_path, CXX=compiler, CC=compiler), tmp_path, "Error")
 
 
+# ---- Where CUDA is ----
+
+
+def cuda_home(tmp_path: Path, **environment: str) -> str:
+    """CUDA_HOME as setup.py sets it, with a script called nvcc on the PATH that belongs to `tmp_path`/toolkit."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "toolkit/bin").mkdir(parents=True)
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ _CUDART_=cudart' >&2\necho '#$ TOP={tmp_path}/toolkit/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    code = "import os, runpy; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = python(f"{code}; print(os.environ.get('CUDA_HOME'))", ROOT, **{"PATH": path, "CUDA_HOME": ""} | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_an_nvcc_that_is_a_script_names_its_toolkit(tmp_path):
+    assert cuda_home(tmp_path) == str(tmp_path / "toolkit")
+
+
+def test_a_toolkit_that_is_named_stays(tmp_path):
+    assert cuda_home(tmp_path, CUDA_HOME="/elsewhere") == "/elsewhere"
+
+
 # ---- What is said afterwards ----
 
 NAMES = "from dpo_fast.info import main; main([])"

