@@ -75,7 +75,18 @@ def built(folder: Path, name: str, flags: str, flags_of_emulator: str) -> Path:
     torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     torch_libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     out = folder / f"{name}.so"
-    command = [COMPILER, "-shared", *flags.split(), str(folder / "ops.o"), *kernels, emulator, "-o", str(out)]
+    # A torch that is built for CUDA has loaded the real functions of these names.
+    command = [
+        COMPILER,
+        "-shared",
+        "-Wl,-Bsymbolic",
+        *flags.split(),
+        str(folder / "ops.o"),
+        *kernels,
+        emulator,
+        "-o",
+        str(out),
+    ]
     done = subprocess.run([*command, *torch_libraries], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
