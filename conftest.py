@@ -23,6 +23,7 @@ BENCH = Path(__file__).parent / "bench"
 ONE_WORKER = {
     "test_annotate_browser.py": "browser",
     "test_benchmark_option.py": "benchmark",
+    "test_cuda_on_cpu.py": "cuda",
     "test_demo.py": "demo",
     "test_distributed.py": "distributed",
     "test_generate_files.py": "generate",

@@ -57,7 +57,7 @@ def run(model, forest: PrefixForest) -> list[torch.Tensor]:
         ("llama", True, True),
         ("gemma2", False, True),  # two kinds of layers
         ("qwen3_moe", False, False),  # branches on data
-        ("longrope", False, False),  # padded
+        ("llama4_text", False, False),  # padded
     ],
 )
 def test_numbers_and_graphs(family, lora, checkpointing, tmp_path):
