@@ -29,7 +29,7 @@ VECTORS = {
         "-Wno-maybe-uninitialized",
     ],
 }
-# These are built where no GPU can be asked; the second one's PTX also serves GPUs that are newer.
+# These are built where no GPU can be asked; the second one's PTX also serves newer GPUs. Older ones need TORCH_CUDA_ARCH_LIST.
 ARCHITECTURES = "8.0;9.0+PTX"
 
 

@@ -77,7 +77,11 @@ def cuda_home(tmp_path: Path, **environment: str) -> str:
     nvcc.chmod(0o755)
     code = "import os, runpy; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    done = python(f"{code}; print(os.environ.get('CUDA_HOME'))", ROOT, **{"PATH": path, "CUDA_HOME": ""} | environment)
+    done = python(
+        f"{code}; print(os.environ.get('CUDA_HOME'))",
+        ROOT,
+        **{"PATH": path, "CUDA_HOME": "", "CUDA_PATH": ""} | environment,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

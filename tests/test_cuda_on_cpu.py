@@ -15,7 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from sanitizer_tools import BAD, COMPILER, FLAGS, LIBRARIES, PYTEST, ROOT, forked, sanitized, why_not
+from sanitizer_tools import (
+    BAD,
+    COMPILER,
+    FLAGS,
+    LIBRARIES,
+    PYTEST,
+    ROOT,
+    forked,
+    sanitized,
+    skip_unless_it_starts,
+    why_not,
+)
 from torch.utils import cpp_extension
 
 from dpo_fast.backends import eager
@@ -56,11 +67,11 @@ def sources(tmp_path_factory) -> Path:
     # One file costs less than three, since torch's headers are most of each.
     parts = ("ops.cpp", "cpu/memory.cpp", "cuda/ops_cuda.cpp")
     (folder / "ops.cpp").write_text("".join(f'#include "{folder}/csrc/{part}"\n' for part in parts))
-    compiled(folder, "ops.o", folder / "ops.cpp", "-O0 -DDPO_FAST_CUDA")
+    compile_object(folder, "ops.o", folder / "ops.cpp", "-O0 -DDPO_FAST_CUDA")
     return folder
 
 
-def compiled(folder: Path, name: str, source: Path, flags: str) -> str:
+def compile_object(folder: Path, name: str, source: Path, flags: str) -> str:
     paths = [HERE, *cpp_extension.include_paths(), CUDA, sysconfig.get_paths()["include"]]
     common = ["-std=c++20", "-fPIC", "-w", "-ffp-contract=off", "-DTORCH_EXTENSION_NAME=_csrc"]
     command = [COMPILER, "-c", *common, *(f"-I{path}" for path in paths), *flags.split(), str(source)]
@@ -70,8 +81,8 @@ def compiled(folder: Path, name: str, source: Path, flags: str) -> str:
 
 
 def built(folder: Path, name: str, flags: str, flags_of_emulator: str) -> Path:
-    kernels = [compiled(folder, f"{name}_{k}.o", folder / f"csrc/cuda/{k}.cpp", flags) for k in ("logps", "dpo")]
-    emulator = compiled(folder, f"{name}_emulator.o", HERE / "emulator.cpp", flags_of_emulator)
+    kernels = [compile_object(folder, f"{name}_{k}.o", folder / f"csrc/cuda/{k}.cpp", flags) for k in ("logps", "dpo")]
+    emulator = compile_object(folder, f"{name}_emulator.o", HERE / "emulator.cpp", flags_of_emulator)
     torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     torch_libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     out = folder / f"{name}.so"
@@ -94,6 +105,7 @@ def built(folder: Path, name: str, flags: str, flags_of_emulator: str) -> Path:
 
 @pytest.fixture(scope="module")
 def extension(sources) -> Path:
+    skip_unless_it_starts(LIBRARIES)
     # dpo_kernel computes the address of row -1 at a place without a row, and does not use it.
     return built(sources, "memory", f"{FLAGS} -fno-sanitize=pointer-overflow", FLAGS)
 
@@ -101,6 +113,7 @@ def extension(sources) -> Path:
 @pytest.fixture(scope="module")
 def racing(sources) -> Path:
     """The emulator itself is not watched: it says what orders the threads."""
+    skip_unless_it_starts(RACES)
     return built(sources, "races", "-fsanitize=thread -g1 -O1", "-g1 -O1 -DEMULATOR_SEES_RACES")
 
 

@@ -25,7 +25,7 @@ RUNS = {
     "split": {"max_tokens_per_batch": 60},
     "fsdp2": {**FSDP, "gradient_checkpointing": False},
     "fsdp2_split": {**FSDP, "max_tokens_per_batch": 60, "gradient_checkpointing": True},
-    "fsdp2_compiled": {**FSDP, "gradient_checkpointing": True, "torch_compile_backend": "eager"},
+    "fsdp2_compiled": {**FSDP, "gradient_checkpointing": True, "torch_compile_backend": "aot_eager"},
 }
 LOSS = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}
 

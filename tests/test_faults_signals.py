@@ -46,9 +46,11 @@ def test_sigterm_writes_a_checkpoint_that_goes_on_to_the_same_bits(tmp_path, cap
 
 
 def test_an_interrupt_says_what_was_saved(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     run = start(tmp_path, signalled(signal.SIGINT), save_steps=1)
     with pytest.raises(KeyboardInterrupt, match=r"interrupted at step 2\. The last whole checkpoint is .*checkpoint-1"):
         run.train()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_kill_while_old_checkpoints_are_rotated(tmp_path, monkeypatch):

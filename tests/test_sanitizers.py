@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from sanitizer_tools import BAD, COMPILER, FLAGS, LIBRARIES, PYTEST, ROOT, forked, sanitized, why_not
+from sanitizer_tools import (
+    BAD,
+    COMPILER,
+    FLAGS,
+    LIBRARIES,
+    PYTEST,
+    ROOT,
+    forked,
+    sanitized,
+    skip_unless_it_starts,
+    why_not,
+)
 
 SETS = ["DEFAULT", "AVX2", "AVX512"]
 BEST = torch.backends.cpu.get_cpu_capability() if torch.backends.cpu.get_cpu_capability() in SETS else "DEFAULT"
@@ -24,6 +35,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory) -> Path:
     """The sanitized build."""
+    skip_unless_it_starts(LIBRARIES)
     folder = tmp_path_factory.mktemp("sanitized")
     script = folder / "c++"
     # csrc/ops.cpp is the names and the schemas: it reads no tensor, and takes long.

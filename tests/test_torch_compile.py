@@ -16,8 +16,9 @@ from model_families import VOCAB, build
 from peft import LoraConfig, get_peft_model
 
 from dpo_fast import DPOConfig, DPOTrainer
-from dpo_fast.forest.model import prepare_model
+from dpo_fast.forest.model import prepare_model, restore_model
 from dpo_fast.forest.packing import PrefixForest
+from dpo_fast.training import compiling
 from dpo_fast.training.compiling import compile_layers
 
 counters = torch._dynamo.utils.counters
@@ -25,9 +26,11 @@ counters = torch._dynamo.utils.counters
 
 @pytest.fixture(autouse=True)
 def fresh():
+    """No compilation is left of another test, and a part that is compiled too often is an error instead of eager code."""
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
     torch._dynamo.reset()
 
 
@@ -113,9 +116,10 @@ def test_a_run(tmp_path):
         data = {"train_dataset": tiny.pairs(8), "eval_dataset": tiny.pairs(3, 1)}
         trainer = DPOTrainer(tiny.llama(), args=args, **data)
         assert trainer.accelerator.state.dynamo_plugin.backend.value == "NO"
+        before = counters["stats"]["unique_graphs"]
         trainer.train()
         found[on] = trainer
-        assert bool(counters["stats"]["unique_graphs"]) == on
+        assert (counters["stats"]["unique_graphs"] > before) == on
     (plain, compiled), steps = (found[on].state.log_history for on in (False, True)), 0
     for one, two in zip(plain, compiled, strict=True):
         for name in ("loss", "eval_loss", "rewards/margins", "grad_norm"):
@@ -141,6 +145,13 @@ def test_a_reference_of_its_own_is_compiled_too(tmp_path):
     assert trainer.state.log_history[0]["rewards/margins"] == 0
 
 
+def test_another_run_of_the_same_model_is_not_compiled(tmp_path):
+    model = tiny.llama()
+    for options in ({"torch_compile_backend": "eager"}, {}):
+        DPOTrainer(model, args=config(tmp_path, **options), train_dataset=tiny.pairs(4))
+        assert (model.model.layers[0].mlp._compiled_call_impl is not None) == bool(options)
+
+
 def test_what_was_kept_by_a_run_without_it_is_not_taken(tmp_path):
     """Roundings differ: neither the cache of the reference nor a checkpoint passes from one to the other in silence."""
     changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
@@ -148,16 +159,63 @@ def test_what_was_kept_by_a_run_without_it_is_not_taken(tmp_path):
     args = config(tmp_path, torch_compile_backend="eager", **changes)
     trainer = DPOTrainer(tiny.llama(), args=args, train_dataset=tiny.pairs(4))
     assert len(list((tmp_path / "cache").glob("ref-*.bin"))) == 2
-    with pytest.raises(ValueError, match="torch_compile was None, is True"):
+    with pytest.raises(ValueError, match="torch_compile was None, is eager/default"):
         trainer.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("option", [{"torch_compile_backend": "no_such"}, {"torch_compile_mode": "no such"}])
-def test_what_torch_does_not_have_is_refused(tmp_path, option):
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name}={value!r}.*: ") as caught:
-        config(tmp_path, **option)
+@pytest.mark.parametrize(
+    ("backend", "mode", "why"),
+    [
+        ("no_such", None, "Invalid backend"),
+        (None, "no such", "Unrecognized mode"),
+        (None, "reduce-overhead", "max-autotune-no-cudagraphs"),
+        (None, "max-autotune", "max-autotune-no-cudagraphs"),
+        ("cudagraphs", None, "max-autotune-no-cudagraphs"),
+        ("aot_eager", "max-autotune-no-cudagraphs", "only the backend inductor has modes"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, backend, mode, why):
+    with pytest.raises(ValueError, match=f"torch_compile_backend={backend!r}.*{why}") as caught:
+        config(tmp_path, torch_compile_backend=backend, torch_compile_mode=mode)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_asked_for(tmp_path):
+    asked = config(tmp_path, torch_compile_mode="max-autotune-no-cudagraphs")
+    assert compiling.described(asked) == "inductor/max-autotune-no-cudagraphs"
+    for off in (False, None):
+        assert compiling.described(config(tmp_path, torch_compile=off)) is None
+    again = DPOConfig(**{k: v for k, v in asked.to_dict().items() if k in ("output_dir", "use_cpu", *compiling.OFF)})
+    assert compiling.described(again) == compiling.described(asked)
+
+
+def test_liger_beside_it_is_refused(tmp_path, monkeypatch):
+    from dpo_fast.training import unused
+
+    monkeypatch.setattr(unused, "_has_gpu", lambda values: True)
+    with pytest.raises(ValueError, match="give one of them"):
+        config(tmp_path, torch_compile=True, use_liger_kernel=True)
+
+
+def test_accelerates_own_option_is_named(tmp_path, monkeypatch, caplog):
+    """`accelerate launch --dynamo_backend inductor` sets this variable."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    DPOTrainer(tiny.llama(), args=config(tmp_path), train_dataset=tiny.pairs(4))
+    assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not used: give torch_compile" in caplog.text
+
+
+@pytest.mark.slow
+def test_generating_costs_no_graph(tmp_path):
+    """The cache of each layer is another object; the ordinary call runs uncompiled, and training stays compiled."""
+    model = tiny.llama(num_hidden_layers=10)
+    prepare_model(model)
+    compile_layers(model, config(tmp_path, torch_compile_backend="eager"))
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert not counters["stats"]["unique_graphs"]
+    run(model, PrefixForest.from_pairs(tiny.pairs(3)))
+    assert counters["stats"]["unique_graphs"] == 4
+    restore_model(model)
+    assert model.model.layers[0].mlp._compiled_call_impl is None
 
 
 def test_float32_stays_float32(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def is_stream(rows) -> bool:
 def is_of_datasets(rows, kind: str) -> bool:
     """Whether rows are an object of that class of `datasets`. Rows with ids need no `datasets`, so it is not imported here."""
     datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(rows, getattr(datasets, kind))
+    return datasets is not None and isinstance(rows, getattr(datasets, kind, ()))
 
 
 class StreamedPairs(IterableDataset):

@@ -16,6 +16,7 @@ import torch
 
 from ..ops import WORKSPACE_BYTES, linear_token_logps
 from . import attention
+from .compiled import restore_parts, uncompiled
 from .gate import Plan, base_model, computes_in_half, plan_model
 from .head import head_weights, output_layer
 from .packing import PrefixForest
@@ -141,7 +142,9 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
     def forward(self, *args, forest: PrefixForest | None = None, outputs=(), aux_loss=False, backend=backend, **kwargs):
         if forest is None:
             # The call goes through self: in a deep copy, `original` is still bound to the first model.
-            return (original if own is None else types.MethodType(own, self))(*args, **kwargs, **extra)
+            call = original if own is None else types.MethodType(own, self)
+            with uncompiled(self):
+                return call(*args, **kwargs, **extra)
         hidden, router_logits = _trunk(self, forest, plan, aux_loss)
         weight, bias = head_weights(output_layer(self))
         if hasattr(weight, "full_tensor"):
@@ -170,8 +173,9 @@ def _install(model, plan: Plan, workspace_bytes: int, backend: str | None) -> No
 
 
 def restore_model(model: torch.nn.Module) -> None:
-    """Undo `prepare_model`: give the model its own forward and attention implementation back."""
+    """Undo `prepare_model` and `compile_parts`: the model gets its own forward and attention implementation back."""
     model = base_model(model)
+    restore_parts(model)
     saved = model.__dict__.pop("_dpo_fast", None)
     if saved is None:
         return

@@ -1,58 +1,71 @@
-"""`torch_compile`: the parts of a trunk's decoder layers are compiled in place; attention over a forest stays as it is.
-
-transformers would compile the whole model into one graph. Here graphs end where attention begins (attention.py hides it from
-the compiler), so that none of them knows a forest: norms, projections with rotary positions, and MLPs become a few kernels
-each, and any number of rows takes the same ones. A layer's parts, and not the layer, are compiled because transformers
-recomputes activations layer by layer, which is in the way of a larger graph. The head is one op already.
-"""
+"""The options of `torch_compile`. What is compiled is in forest/compiled.py; transformers would compile the whole model."""
 
 import logging
+import os
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..forest.compiled import compile_parts
 from ..forest.gate import base_model
 
 logger = logging.getLogger(__name__)
-# These are the options, with the values that ask for nothing.
+# The options of torch_compile, each with the value that means off.
 OFF = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
+_ENVIRONMENT = "ACCELERATE_DYNAMO_BACKEND"
 
 
 def check_compile(args) -> None:
-    """Set `torch_compile` where a backend or mode is given. Raises ValueError for one that torch does not have."""
-    args.torch_compile = any(getattr(args, name) != off for name, off in OFF.items())
+    """Set `torch_compile` where a backend or mode is given. Raises ValueError for one that cannot be used."""
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    args.torch_compile = bool(args.torch_compile) or backend is not None or mode is not None
     if not args.torch_compile:
         return
+    given = f"torch_compile_backend={backend!r}, torch_compile_mode={mode!r}"
+    if args.use_liger_kernel:
+        raise ValueError("torch_compile and use_liger_kernel both replace norms and MLPs: give one of them")
+    if mode not in (None, "default") and backend not in (None, "inductor"):
+        raise ValueError(f"{given}: only the backend inductor has modes; leave torch_compile_mode out")
     try:
         torch.compile(torch.sin, **_how(args))  # nothing is compiled before the first call
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{given}: {str(error).strip().splitlines()[0]}") from error
+    if backend == "cudagraphs" or _with_cuda_graphs(mode):
         raise ValueError(
-            f"torch_compile_backend={args.torch_compile_backend!r}, torch_compile_mode={args.torch_compile_mode!r}: {reason}"
-        ) from error
+            f"{given}: CUDA graphs overwrite the gradients of a part that is not done with, and are recorded anew for each "
+            "number of rows; give torch_compile_mode=max-autotune-no-cudagraphs or leave it out"
+        )
+
+
+def _with_cuda_graphs(mode: str | None) -> bool:
+    if mode in (None, "default"):
+        return False
+    from torch._inductor import list_mode_options
+
+    return bool(list_mode_options(mode).get("triton.cudagraphs"))
 
 
 def _how(args) -> dict:
     return {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode, "dynamic": True}
 
 
-def no_compilation() -> TorchDynamoPlugin:
-    """What accelerate is told, which would compile the whole model."""
+def described(args) -> str | None:
+    """Backend and mode in one word, where roundings depend on them; None where nothing is compiled."""
+    if not args.torch_compile:
+        return None
+    return f"{args.torch_compile_backend or 'inductor'}/{args.torch_compile_mode or 'default'}"
+
+
+def no_compilation(args) -> TorchDynamoPlugin:
+    """accelerate's settings for torch.compile: none, since it would compile the whole model."""
+    asked = os.environ.get(_ENVIRONMENT, "no")
+    if asked.lower() != "no" and not args.torch_compile and args.process_index == 0:
+        logger.warning("%s=%s is not used: give torch_compile, which compiles the trunk's layers", _ENVIRONMENT, asked)
     return TorchDynamoPlugin(backend="no")
 
 
 def compile_layers(model: torch.nn.Module, args) -> None:
-    """Compile the parts of the decoder layers of `model` in place where `args` ask for it; its state dict keeps its names.
-
-    Equivalent to their own forward except for rounding: compiled code keeps in float32 what would be rounded to half
-    precision between two kernels.
-    """
-    if not args.torch_compile:
-        return
-    layers = [module for module in base_model(model).modules() if isinstance(module, GradientCheckpointingLayer)]
-    for part in (part for layer in layers for part in layer.children()):
-        part.compile(**_how(args))
-    if not layers and args.process_index == 0:
+    """`compile_parts` where `args` ask for it."""
+    if args.torch_compile and not compile_parts(model, **_how(args)) and args.process_index == 0:
         name = type(base_model(model)).__name__
         logger.warning("torch_compile has no effect: %s has no decoder layers as transformers builds them", name)

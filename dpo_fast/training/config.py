@@ -231,7 +231,7 @@ class DPOConfig(TrainingArguments):
         with warnings.catch_warnings():
             # TRL's name; transformers 5.23 prefers activation_checkpointing, which older versions lack.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-            # transformers would also let float32 products round to TF32.
+            # transformers would let float32 products round to TF32, and old ones would tell accelerate by the environment.
             compiled = {name: getattr(self, name) for name in OFF}
             vars(self).update(OFF)
             super().__post_init__()

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 
+from .compiling import described
 from .ref_cache import weights_fingerprint
 
 # Options of a config that decide what is computed, beside those of the loss.
@@ -45,8 +46,8 @@ def fingerprint(trainer) -> dict:
     }
     if setup.foreign_reference and setup.ref_model is not None:
         found["reference"] = weights_fingerprint(setup.ref_model)
-    if args.torch_compile:  # left out otherwise, as in older checkpoints
-        found["torch_compile"] = True
+    if compiled := described(args):  # left out otherwise, as in older checkpoints
+        found["torch_compile"] = compiled
     if setup.loss_options.over_batch:
         found["per_device_train_batch_size"] = args.per_device_train_batch_size
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)

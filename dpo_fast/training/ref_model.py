@@ -16,6 +16,7 @@ from ..forest.batch import ForestCollator
 from ..forest.gate import base_model
 from ..forest.model import evaluating
 from ..losses import LossOptions
+from .compiling import described
 from .ref_cache import RefCache, compute_missing, weights_fingerprint
 from .sharding import autocast, is_fsdp2, passes_together
 
@@ -131,13 +132,14 @@ def reference_cache(trainer, model) -> RefCache:
         fingerprint = weights_fingerprint(model, skip=skip)
     # FSDP2 casts whole weights where autocast casts inputs of some operations: other roundings.
     sharded = is_fsdp2(accelerator) and model is trainer.model
+    compiled = {"torch_compile": described(args)} if args.torch_compile else {}
     casts = {"fsdp2": True} if sharded and accelerator.mixed_precision != "no" else {}
     return RefCache(
         args.ref_cache_dir or default_cache_dir(),
         weights=fingerprint,
         precision=f"{next(model.parameters()).dtype}/{accelerator.mixed_precision}",
         version=__version__,
-        extra={"ld_alpha": args.ld_alpha, **casts, **({"compiled": True} if args.torch_compile else {})},
+        extra={"ld_alpha": args.ld_alpha, **casts, **compiled},
     )
 
 

@@ -133,7 +133,7 @@ class DPOTrainer(Reporting):
     aux_loss_enabled = property(lambda self: self.setup.aux_coef > 0)
 
     def _build_accelerator_args(self, **kwargs):
-        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": no_compilation()}
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": no_compilation(self.args)}
 
     # Data.
 

@@ -55,7 +55,7 @@ struct Fiber {
   State state;
   uint64_t bits;
   int other;
-  void* seen_as;
+  void* tsan_fiber;
 };
 
 // The block that a thread of the CPU runs.
@@ -64,7 +64,7 @@ struct Block {
   ucontext_t scheduler;
   const std::function<void()>* kernel;
   std::mt19937 random{1};
-  void* scheduler_seen_as;
+  void* scheduler_tsan_fiber;
   // Threads before and after barriers: two in turn, since one thread may reach the next barrier before another leaves this.
   char barriers[2];
   int barrier = 0;
@@ -72,14 +72,14 @@ struct Block {
 };
 
 // Stacks are kept from launch to launch.
-Block kept[kBlocksAtOnce];
+Block block_slots[kBlocksAtOnce];
 thread_local Block* here;
 
 constexpr unsigned kOrdersNothing = 1;
 
 void leave(Fiber& fiber, State state) {
   fiber.state = state;
-  __tsan_switch_to_fiber(here->scheduler_seen_as, kOrdersNothing);
+  __tsan_switch_to_fiber(here->scheduler_tsan_fiber, kOrdersNothing);
   swapcontext(&fiber.context, &here->scheduler);
 }
 
@@ -137,9 +137,9 @@ void run_block(int n) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
     fiber.state = State::ready;
-    fiber.seen_as = __tsan_create_fiber(0);
+    fiber.tsan_fiber = __tsan_create_fiber(0);
   }
-  here->scheduler_seen_as = __tsan_get_current_fiber();
+  here->scheduler_tsan_fiber = __tsan_get_current_fiber();
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
   do {
@@ -147,7 +147,7 @@ void run_block(int n) {
     for (int i : order) {
       if (here->fibers[i].state != State::ready) continue;
       thread.x = i;
-      __tsan_switch_to_fiber(here->fibers[i].seen_as, kOrdersNothing);
+      __tsan_switch_to_fiber(here->fibers[i].tsan_fiber, kOrdersNothing);
       swapcontext(&here->scheduler, &here->fibers[i].context);
     }
   } while (release(n));
@@ -156,7 +156,7 @@ void run_block(int n) {
     std::abort();
   }
   __tsan_acquire(&here->end);
-  for (int i = 0; i < n; i++) __tsan_destroy_fiber(here->fibers[i].seen_as);
+  for (int i = 0; i < n; i++) __tsan_destroy_fiber(here->fibers[i].tsan_fiber);
 }
 
 }  // namespace
@@ -168,10 +168,10 @@ bool has_fault(const char* name) {
 
 void barrier() {
   static const bool orders = !has_fault("barriers order nothing");
-  char* const meeting = &here->barriers[here->barrier % 2];
-  if (orders) __tsan_release(meeting);
+  char* const barrier_tag = &here->barriers[here->barrier % 2];
+  if (orders) __tsan_release(barrier_tag);
   wait_as(State::at_barrier);
-  if (orders) __tsan_acquire(meeting);
+  if (orders) __tsan_acquire(barrier_tag);
 }
 
 uint64_t exchange(uint64_t bits, int other) {
@@ -188,7 +188,7 @@ void launch(int64_t grid, int threads_per_block, const std::function<void()>& th
   std::vector<std::thread> workers;
   for (int w = 0; w < std::min<int64_t>(grid, kBlocksAtOnce); w++) {
     workers.emplace_back([&, w] {
-      here = &kept[w];
+      here = &block_slots[w];
       here->kernel = &thread_of_kernel;
       threads.x = threads_per_block;
       blocks.x = unsigned(grid);
