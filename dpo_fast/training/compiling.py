@@ -53,7 +53,8 @@ def described(args) -> str | None:
     """Backend and mode in one word, where roundings depend on them; None where nothing is compiled."""
     if not args.torch_compile:
         return None
-    return f"{args.torch_compile_backend or 'inductor'}/{args.torch_compile_mode or 'default'}"
+    how = _how(args)
+    return f"{how['backend']}/{how['mode'] or 'default'}"
 
 
 def no_compilation(args) -> TorchDynamoPlugin:

@@ -130,9 +130,9 @@ def reference_cache(trainer, model) -> RefCache:
     with as_reference(model, adapters):
         skip = None if hasattr(base_model(model), "_dpo_fast_start") or not adapters else _is_adapter
         fingerprint = weights_fingerprint(model, skip=skip)
+    compiled = {"torch_compile": described(args)} if args.torch_compile else {}
     # FSDP2 casts whole weights where autocast casts inputs of some operations: other roundings.
     sharded = is_fsdp2(accelerator) and model is trainer.model
-    compiled = {"torch_compile": described(args)} if args.torch_compile else {}
     casts = {"fsdp2": True} if sharded and accelerator.mixed_precision != "no" else {}
     return RefCache(
         args.ref_cache_dir or default_cache_dir(),
