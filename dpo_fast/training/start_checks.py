@@ -133,7 +133,8 @@ def verify_sharing(model: torch.nn.Module, plan: Plan, rows: list[dict], share: 
                 if plan.regimes:
                     reset_rope(model)
                 extra = {"logits_to_keep": scored + 1} if few else {}
-                logits = model(input_ids=ids, use_cache=False, **extra).logits[0]  # uncompiled
+                # Compiled layers are compared with the model as it is: an ordinary call runs uncompiled.
+                logits = model(input_ids=ids, use_cache=False, **extra).logits[0]
             logps = logits[-scored - 1 : -1].double().log_softmax(-1)
             theirs = logps.gather(1, ids[0, ids.shape[1] - scored :, None])[:, 0]
             differences.append((ours[s, :scored] - theirs).abs())

@@ -65,7 +65,8 @@ struct Block {
   const std::function<void()>* kernel;
   std::mt19937 random{1};
   void* scheduler_tsan_fiber;
-  // Threads before and after barriers: two in turn, since one thread may reach the next barrier before another leaves this.
+  // ThreadSanitizer is told of a barrier by an address: two take turns, since one thread may reach the next barrier before
+  // another leaves this one.
   char barriers[2];
   int barrier = 0;
   char end;
