@@ -1,5 +1,6 @@
 """A build of the extension under the compiler's sanitizers, in a process that begins with their libraries."""
 
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ COMPILER = os.environ.get("CXX", "c++")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
 
 
+@functools.cache
 def library(name: str) -> str | None:
     """The path of a library of the compiler, None where it has none."""
     if shutil.which(COMPILER) is None:
@@ -153,6 +155,20 @@ for bad in (40, -1, 2**62, -(2**63)):
     losses, _ = ops.dpo_fused(x, targets, cu, None, 1.0, 0, 0.1, 0.0, 0.05, 0.5, -100, out, 3)
     assert losses.isnan().all() and out.isnan().all()
 """
+
+
+def assert_caught(ends: dict[str, tuple[int, str]], what: str, folder: str) -> None:
+    """The bad call `what` was reported, in code of that folder; `ends` is what `forked` returns."""
+    status, errors = ends[what]
+    assert status == 99, errors
+    assert BAD[what][1] in errors
+    assert folder in errors
+
+
+def assert_passed(ends: dict[str, tuple[int, str]], what: str) -> None:
+    """Nothing was reported of the call `what`."""
+    status, errors = ends[what]
+    assert status == 0, errors
 
 
 def forked(extension: Path) -> dict[str, tuple[int, str]]:
